@@ -1,0 +1,99 @@
+"Lesson 1 as a learner meets it: in JupyterLab, in a browser. Notebooks that go wrong on purpose show that the checks can fail."
+import psutil, pytest
+
+from lab import ask, browser_page, errors, find_browser, jupyterlab, open_notebook, run_all, screenshot, write_notebook
+
+WIDGET = """
+from ipywidgets import Button, HTML, Text, VBox
+prompt, button, answers = Text(placeholder="Type a prompt"), Button(description="Generate"), HTML("base few-shot instruct")
+answers.add_class("sftlab-side-by-side")
+display(VBox([prompt, button, answers]))
+"""
+def answering(*labels): return WIDGET + f"""
+button.on_click(lambda _: setattr(answers, "value", "".join(f"<p>{{who}}: {{prompt.value.upper()}}</p>" for who in {labels})))
+"""
+CONTROLS = {
+    "good": ["1 + 1", answering("Base", "Few-shot", "Instruct")],
+    "fails": ["1 + 1", "1 / 0", "'never reached'"],
+    "dies": ["import os; os._exit(1)"],
+    "deaf": [WIDGET],
+    "partial": [answering("Base", "Error")],
+}
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    find_browser()
+    folder = tmp_path_factory.mktemp("learner")/"course"
+    folder.mkdir()
+    for name, cells in CONTROLS.items(): write_notebook(folder/f"{name}.ipynb", *cells)
+    with jupyterlab(folder) as address: yield address
+
+
+@pytest.fixture
+def page(address):
+    with browser_page(address) as page: yield page
+
+
+def opened(page): return page.evaluate("() => jupyterapp.shell.currentWidget.context.path")
+
+
+def test_lesson_1(page, address, tmp_path):
+    page.goto(address)
+    page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.context?.isReady", timeout=120_000)
+    lesson = opened(page)
+    assert lesson.endswith("01_base_vs_instruct.ipynb"), "the address that is printed must open lesson 1"
+    open_notebook(page, lesson)
+    run_all(page)
+    assert errors(page) == []
+    first = ask(page, "What is the capital of France?")
+    assert ask(page, "Hello") != first
+    page.locator(".sftlab-side-by-side").scroll_into_view_if_needed()
+    screenshot(page, "lesson_01", tmp_path)
+
+
+def test_good_notebook_passes(page, tmp_path):
+    open_notebook(page, "good.ipynb")
+    run_all(page)
+    assert errors(page) == []
+    assert "FEW" not in (first := ask(page, "one")) and "Few-shot: ONE" in first
+    assert "Instruct: TWO" in ask(page, "two")
+    assert screenshot(page, "good", tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_failing_notebook_is_reported(page):
+    open_notebook(page, "fails.ipynb")
+    run_all(page)
+    assert errors(page) == ["cell 1: ZeroDivisionError: division by zero", "cell 2 did not run"]
+
+
+def test_dead_kernel_is_reported(page):
+    open_notebook(page, "dies.ipynb")
+    run_all(page, timeout=60)
+    assert errors(page) == ["cell 0 did not run"]
+
+
+@pytest.mark.parametrize("name", ["deaf", "partial"])
+def test_widget_without_new_answers_is_reported(page, name):
+    open_notebook(page, f"{name}.ipynb")
+    run_all(page)
+    assert errors(page) == []
+    with pytest.raises(AssertionError, match="no new answers"): ask(page, "one", timeout=10)
+
+
+def test_server_and_kernels_end_with_a_failing_test(tmp_path):
+    write_notebook(tmp_path/"good.ipynb", "1")
+    with pytest.raises(ZeroDivisionError), jupyterlab(tmp_path) as address, browser_page(address) as page:
+        open_notebook(page, "good.ipynb")
+        commands = {process: " ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)}
+        1 / 0
+    started = {process: command for process, command in commands.items() if str(tmp_path) in command}
+    assert any("ipykernel" in command for command in started.values())
+    assert not any(process.is_running() for process in started)
+
+
+@pytest.mark.parametrize("ci, outcome", [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_without_a_browser(monkeypatch, ci, outcome):
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setattr("lab.shutil.which", lambda name: None)
+    with pytest.raises(outcome, match="no chromium"): find_browser()
