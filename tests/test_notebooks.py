@@ -1,0 +1,134 @@
+"Every notebook: exported code in step, nothing but work in the file, and run from top to bottom where no network can be reached."
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if not p.parent.name.startswith(".")]
+BUDGET = {"nbs/01_base_vs_instruct.ipynb": 180}  # seconds, on two quiet cores
+FACTOR = float(os.environ.get("SFTLAB_TIME_FACTOR", 1))  # 2 on a machine shared with others
+
+
+def copy_course(to):
+    "The notebooks and what they read, so that nothing they write lands in the project."
+    for name in ("nbs", "exercises"):
+        if (ROOT / name).exists():
+            shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    shutil.copy(ROOT / "settings.ini", to)
+    return to
+
+
+def tool(name, *args, cwd):
+    "Run one of nbdev's commands from this environment."
+    done = subprocess.run([Path(sys.executable).parent / name, *args], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def modules(folder):
+    return {p.relative_to(folder).as_posix(): p.read_text() for p in sorted(folder.rglob("*.py"))}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    "A package exported afresh from the notebooks."
+    copy = copy_course(tmp_path_factory.mktemp("export"))
+    for path in ("nbs", "exercises/solutions"):
+        if list((copy / path).glob("**/*.ipynb")):
+            tool("nbdev_export", "--path", path, cwd=copy)
+    return modules(copy / "sftlab")
+
+
+def test_the_package_is_what_the_notebooks_export(exported):
+    committed = modules(ROOT / "sftlab")
+    assert set(committed) == set(exported), "a module without its notebook, or the other way round: run nbdev_export --path nbs"
+    stale = [name for name in exported if committed[name] != exported[name]]
+    assert not stale, f"sftlab/{', '.join(stale)}: not what the notebooks say. Run nbdev_export --path nbs"
+
+
+def test_an_edit_of_a_module_would_be_noticed(exported):
+    "The control: one changed letter in one module makes the comparison above fail."
+    committed = modules(ROOT / "sftlab")
+    name = next(n for n, text in committed.items() if "def " in text)
+    assert committed[name].replace("def ", "def x", 1) != exported[name]
+
+
+def test_notebooks_are_clean(tmp_path):
+    "No execution counts, no metadata: those make differences where nothing has changed."
+    copy = copy_course(tmp_path)
+    tool("nbdev_clean", "--fname", "nbs", cwd=copy)
+    dirty = [name for name in NOTEBOOKS if (copy / name).read_text() != (ROOT / name).read_text()]
+    assert not dirty, f"run nbdev_clean --fname nbs, which changes {', '.join(dirty)}"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_committed_outputs_hold_no_error(name):
+    cells = [c for c in json.loads((ROOT / name).read_text())["cells"] if c["cell_type"] == "code"]
+    expected = {c["id"] for c in cells if "raises-exception" in c["metadata"].get("tags", [])}
+    errors = [c["id"] for c in cells for o in c["outputs"] if o["output_type"] == "error" and c["id"] not in expected]
+    assert not errors
+
+
+def run(path, log, limit):
+    "Run the notebook at `path` in a kernel of its own that can reach nothing but this machine; return the seconds it took."
+    guard = {"PYTHONPATH": str(ROOT / "tests/offline"), "SFTLAB_OFFLINE_LOG": str(log), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=limit, kernel_name="python3", resources={"metadata": {"path": path.parent}})
+    started = time.perf_counter()
+    client.execute(env=os.environ | guard)
+    return time.perf_counter() - started
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_runs(name, tmp_path, record_property):
+    budget = BUDGET.get(name, 60)
+    log = tmp_path / "refused"
+    failure = None
+    try:
+        seconds = run(copy_course(tmp_path) / name, log, limit=3 * budget * FACTOR)
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        failure = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    if failure:
+        pytest.fail(f"{name}: {failure}", pytrace=False)
+    for key, value in {"notebook": name, "seconds": seconds, "budget": budget}.items():
+        record_property(key, value)
+    assert not log.exists(), f"{name} wanted to reach {sorted(set(log.read_text().split()))}"
+    assert seconds <= budget * FACTOR, f"{name} took {seconds:.0f} s of {budget} s (times {FACTOR:g})"
+
+
+def one_cell(folder, source):
+    path = folder / "x.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), path)
+    return path
+
+
+def test_a_failing_cell_fails(tmp_path):
+    with pytest.raises(CellExecutionError, match="1 / 0"):
+        run(one_cell(tmp_path, "1 / 0"), tmp_path / "log", limit=60)
+
+
+@pytest.mark.parametrize("source", [
+    "import urllib.request; urllib.request.urlopen('http://example.com', timeout=5)",
+    "import socket; socket.create_connection(('93.184.215.14', 80), timeout=5)",
+    "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import socket; socket.getaddrinfo(\"example.com\", 80)'], check=True)",
+])
+def test_a_download_fails_and_shows(source, tmp_path):
+    with pytest.raises(CellExecutionError):
+        run(one_cell(tmp_path, source), tmp_path / "log", limit=60)
+    assert (tmp_path / "log").read_text().split()[0] in ("example.com", "93.184.215.14")
+
+
+def test_this_machine_itself_stays_within_reach(tmp_path):
+    source = "import socket; s = socket.create_server(('127.0.0.1', 0)); socket.create_connection(('localhost', s.getsockname()[1]))"
+    run(one_cell(tmp_path, source), tmp_path / "log", limit=60)
+    assert not (tmp_path / "log").exists()
