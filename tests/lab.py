@@ -40,14 +40,14 @@ def write_notebook(
 def environment(
     home:Path, # folder for all that Jupyter keeps
 ) -> dict: # environment variables of the server
-    "Jupyter with settings of its own and none of the user's; models from this machine only."
+    "Jupyter with settings of its own, and none of the user's."
     for name, values in SETTINGS.items():
         file = home/"settings"/f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values))
     folders = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "JUPYTER_RUNTIME_DIR": "runtime",
                "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "IPYTHONDIR": "ipython"}
-    return os.environ | {name: str(home/folder) for name, folder in folders.items()} | {"HF_HUB_OFFLINE": "1"}
+    return os.environ | {name: str(home/folder) for name, folder in folders.items()}
 
 
 def stop(
@@ -72,8 +72,8 @@ def jupyterlab(
         port = free.getsockname()[1]
     home = Path(f"{folder}.jupyter")
     home.mkdir(parents=True)
-    command = [sys.executable, "-m", "sftlab.cli", "lab", str(folder), "--no-browser", "--ip=127.0.0.1", f"--ServerApp.port={port}",
-               "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--allow-root", "--expose-app-in-browser"]
+    command = [sys.executable, "-m", "sftlab.cli", "lab", str(folder), "--no-browser", f"--ServerApp.port={port}",
+               "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--expose-app-in-browser"]
     with open(home/"log", "w") as log:
         server = subprocess.Popen(command, env=environment(home), stdout=log, stderr=log, start_new_session=True)
     try:
@@ -151,7 +151,7 @@ def ask(
     box.fill("")
     box.press_sequentially(prompt)
     page.get_by_role("button", name="Generate").click()
-    try: page.wait_for_function("""before => { const text = document.querySelector('.sftlab-side-by-side').innerText
+    try: page.wait_for_function("""before => { const text = document.querySelector('.sftlab-side-by-side')?.innerText ?? before
         return text !== before && ['base', 'few-shot', 'instruct'].every(label => text.toLowerCase().includes(label)) }""",
         arg=before, timeout=timeout*1000)
     except TimeoutError: raise AssertionError(f"no new answers to {prompt!r}: {shown.inner_text()!r}") from None
