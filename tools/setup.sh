@@ -32,7 +32,7 @@ fi
 cpu_only=
 if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then cpu_only=yes; fi
 need=4000
-if [ "$(uname -s)" = Linux ] && [ -z "$cpu_only" ]; then need=10000; fi  # torch brings CUDA along
+if [ "$(uname -s)" = Linux ] && [ -z "$cpu_only" ]; then need=12000; fi  # torch brings CUDA along
 need=${SFTLAB_NEED_MB:-$need}
 free=$(df -Pk . | awk 'END { print int($4 / 1024) }')
 if [ -d .venv ]; then free=$((free + $(du -sk .venv | awk '{ print int($1 / 1024) }'))); fi
