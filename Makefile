@@ -27,10 +27,10 @@ readme: $(INSTALLED) ## make README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
 tiny-model: $(INSTALLED) ## rebuild the tiny model from nothing: text, tokenizer, pretraining (an hour or so)
-	@$(BIN)/python -m sftlab.pretraining build
+	@$(BIN)/python -c "from sftlab.pretraining import build; build()"
 
 gates: $(INSTALLED) ## measure whether the tiny model behaves as the lessons need
-	@$(BIN)/python -m sftlab.pretraining gates
+	@$(BIN)/python -c "from sftlab.pretraining import gates; gates()"
 
 clean: ## remove what builds and tests leave behind (keeps .venv, workspace/ and runs/)
 	rm -rf build dist *.egg-info _proc _docs .pytest_cache .hypothesis

@@ -2,10 +2,14 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 os.environ.update(OFFLINE)  # before any test imports a library that reads them
+
+hypothesis.settings.register_profile("sftlab", deadline=None)  # a first call that loads a library is slow, not wrong
+hypothesis.settings.load_profile("sftlab")
 
 ROOT = Path(__file__).resolve().parent.parent
 

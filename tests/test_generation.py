@@ -1,0 +1,123 @@
+"The decode loop where a lesson does not look: odd prompts, odd dials, stopping, and the library's own results."
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from sftlab.generation import (complete, evaluate, few_shot_prompt, generate_ids, greedy, interval, sampler, shape_logits, stop_token_ids, stream,
+                               stream_ids)
+from sftlab.microworld import examples, test_set as items_of_test
+from sftlab.models import load
+
+
+@pytest.fixture(scope="module")
+def tiny(): return load("tiny")
+
+
+logits_of = st.lists(st.integers(-200, 200), min_size=2, max_size=40, unique=True).map(lambda tenths: torch.tensor(tenths) / 10)
+
+
+@given(logits_of, st.floats(0.1, 3), st.integers(0, 50), st.floats(0.01, 1))
+def test_something_is_always_left_to_choose_and_the_likeliest_stays(logits, temperature, top_k, top_p):
+    shaped = shape_logits(logits, temperature, top_k, top_p)
+    kept = ~shaped.isinf()
+    assert kept[logits.argmax()]
+    assert torch.equal(shaped[kept], (logits / temperature)[kept])
+    if top_k: assert kept.sum() <= top_k
+
+
+@given(logits_of, st.floats(0.2, 3), st.integers(1, 50), st.floats(0.05, 0.99))
+def test_shaped_logits_are_the_librarys(logits, temperature, top_k, top_p):
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    theirs = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)])(None, logits[None])[0]
+    ours = shape_logits(logits, temperature, top_k, top_p)
+    differ = ours.isinf() != theirs.isinf()
+    # They sum probabilities upwards, we downwards: a token whose sum meets top_p to within float32's rounding may fall on either side.
+    p, order = shape_logits(logits, temperature, top_k).softmax(-1).sort(descending=True)
+    edge = torch.zeros_like(p).scatter(0, order, (p.cumsum(-1) - p - top_p).abs())
+    assert (edge[differ] < 1e-6).all()
+    assert torch.equal(ours[~differ], theirs[~differ])
+
+
+def test_top_p_keeps_the_token_that_crosses_the_line():
+    probabilities = torch.tensor([0.5, 0.3, 0.2])
+    assert (~shape_logits(probabilities.log(), top_p=0.6).isinf()).tolist() == [True, True, False]
+    assert (~shape_logits(probabilities.log(), top_p=0.4).isinf()).tolist() == [True, False, False]
+
+
+def test_temperature_zero_is_greedy_and_seeds_decide_the_rest():
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    assert sampler(temperature=0)(logits) == greedy(logits)
+    draw = lambda seed: [pick(logits) for pick in [sampler(seed=seed)] for _ in range(20)]
+    assert draw(1) == draw(1) != draw(2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from(examples("train", 160)), min_size=1, max_size=6))
+def test_batched_greedy_equals_one_by_one(tiny, rows):
+    model, tokenizer = tiny
+    prompts = [few_shot_prompt(rows[:i], row["question"]) for i, row in enumerate(rows)]  # of very different lengths
+    stops = stop_token_ids(model, tokenizer)
+    for done, prompt in zip(complete(model, tokenizer, prompts, max_new_tokens=12), prompts):
+        ids, why = generate_ids(model, tokenizer(prompt)["input_ids"], 12, stops)
+        assert (done.ids, done.reason) == (ids, why)
+
+
+def test_every_reason_to_end_is_reported(tiny):
+    model, tokenizer = tiny
+    ids = tokenizer("The capital of Peru is")["input_ids"]
+    new, why = generate_ids(model, ids, 3)
+    assert (len(new), why) == (3, "length")
+    assert generate_ids(model, ids, 30, {new[1]}) == (new[:2], "stop")
+    limit = model.config.max_position_embeddings
+    new, why = generate_ids(model, ids * (limit // len(ids)) + ids[:limit % len(ids) - 2], 30)
+    assert (len(new), why) == (2, "context")
+
+
+def test_stream_shows_only_whole_characters_and_all_of_them(tiny):
+    model, tokenizer = tiny
+    ids = tokenizer("😀")["input_ids"]
+    assert len(ids) > 1  # several byte tokens, as the test needs
+    script = iter(ids + tokenizer(" 秘鲁")["input_ids"])
+    pieces = []
+    import sftlab.generation as generation
+    original = generation.sampler
+    generation.sampler = lambda *_: lambda logits: next(script)
+    try: pieces = list(stream(model, tokenizer, [5], max_new_tokens=len(ids) + len(tokenizer(" 秘鲁")["input_ids"]), stop_ids=()))
+    finally: generation.sampler = original
+    assert "".join(pieces) == "😀 秘鲁" and not any("\N{REPLACEMENT CHARACTER}" in p for p in pieces)
+
+
+def test_several_stop_tokens_are_found(tiny):
+    model, tokenizer = tiny
+    from copy import deepcopy
+    other = deepcopy(model)
+    other.generation_config.eos_token_id = [1, 2]
+    assert stop_token_ids(other, tokenizer) == {1, 2, tokenizer.eos_token_id}
+    other.generation_config.eos_token_id = None
+    assert stop_token_ids(other, tokenizer) == {tokenizer.eos_token_id}
+
+
+def test_evaluation_tells_right_from_nearly_right(tiny):
+    "Exact, begins and stopped are three different things."
+    model, tokenizer = tiny
+    item = items_of_test()[0]
+    answered = evaluate(model, tokenizer, [item], lambda i: i["question"])[0]
+    assert not answered["exact"]
+    as_said = evaluate(model, tokenizer, [{**item, "answer": answered["output"]}], lambda i: i["question"])[0]
+    assert as_said["exact"] and as_said["begins"]
+    longer = evaluate(model, tokenizer, [{**item, "answer": answered["output"] + "!"}], lambda i: i["question"])[0]
+    assert not longer["exact"] and not longer["begins"]
+    if len(answered["output"]) > 1:
+        shorter = evaluate(model, tokenizer, [{**item, "answer": answered["output"][:-1]}], lambda i: i["question"])[0]
+        assert not shorter["exact"] and shorter["begins"]
+
+
+@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_interval_is_wilsons(case):
+    from scipy.stats import binomtest
+    successes, n = case
+    theirs = binomtest(successes, n).proportion_ci(method="wilson")
+    ours = interval(successes, n)
+    assert math.isclose(ours[0], theirs.low, abs_tol=1e-4) and math.isclose(ours[1], theirs.high, abs_tol=1e-4)  # 1.96 for 1.959964
