@@ -142,7 +142,7 @@ def _config(model, tokenizer, method, epochs, learning_rate, seed, folder, steps
         max_length=context_length(model), assistant_only_loss=marked, eos_token="<|im_end|>" if "<|im_end|>" in template else None,
         use_cpu=device == "cpu", bf16=new_gpu, fp16=device == "cuda" and not new_gpu, dataloader_pin_memory=device == "cuda")
 
-# %% ../nbs/reference/finetune.ipynb #5f5066ad
+# %% ../nbs/reference/finetune.ipynb #861a03be
 def finetune(
     model, # a causal language model; is trained in place
     tokenizer, # its tokenizer; its `eos_token` becomes the token that ends a turn
@@ -162,6 +162,7 @@ def finetune(
     from transformers import PrinterCallback, set_seed
     from trl import SFTTrainer
     if isinstance(model, PeftModel): raise FinetuneError("the model has an adapter already: train from its base model, or merge the adapter first")
+    if method == "full" and getattr(model, "is_loaded_in_4bit", False): raise FinetuneError("weights in 4 bits cannot be trained: use the method lora")
     if not training_template(tokenizer)[1]:
         print("The chat template does not mark the assistant's turns, and TRL has no marked twin of it: the whole conversation is learned, questions too.")
     with whole_folder(output_dir) as folder:
@@ -170,9 +171,12 @@ def finetune(
         else: model.float()
         learning_rate = default_learning_rate(model, method) if learning_rate is None else learning_rate
         args = _config(model, tokenizer, method, epochs, learning_rate, seed, folder, steps=math.ceil(epochs * len(rows) / 8))
-        trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=list(callbacks))
+        measure = [_held_out_callback(tokenizer, eval_rows)] if eval_rows else []
+        trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[*measure, *callbacks])
         trainer.remove_callback(PrinterCallback)
-        if eval_rows: trainer.add_callback(_held_out_callback(tokenizer, eval_rows))
+        if args.fp16: # TRL makes the adapter of a 4-bit model bfloat16, which such a card does not have
+            for p in model.parameters():
+                if p.requires_grad: p.data = p.data.float()
         trainer.train()
         model.eval()
         if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):

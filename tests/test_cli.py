@@ -1,0 +1,285 @@
+"The command line as people use it: right, wrong, interrupted."
+import contextlib, io, json, os, pty, resource, select, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+from sftlab import cli
+from sftlab.microworld import examples
+
+SFTLAB = [sys.executable, "-m", "sftlab.cli"]
+
+def call(*words):
+    "Exit status, stdout and stderr of one command, run in this process."
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): status = cli.main(list(map(str, words)))
+    return status, out.getvalue(), err.getvalue()
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "Two small files and what was trained on them, and what the screen said."
+    folder = tmp_path_factory.mktemp("cli")
+    made = examples("train", 24)
+    alpaca = [dict(instruction=e["question"], input="", output=e["answer"]) for e in made]
+    long = [dict(instruction="Repeat.", input="", output="word " * 2000), dict(instruction="Repeat. " + "word " * 2000, input="", output="No.")]
+    (folder / "alpaca.json").write_text(json.dumps(alpaca + long))
+    (folder / "chats.jsonl").write_text("\n".join(json.dumps(dict(conversations=[
+        {"from": "human", "value": e["question"]}, {"from": "gpt", "value": e["answer"]}])) for e in made))
+    screens = dict(
+        lora=call("train", "--data", folder / "alpaca.json", "--output", folder / "lora", "--epochs", 2, "--seed", 3),
+        full=call("train", "--data", folder / "chats.jsonl", "--output", folder / "full", "--epochs", 1, "--method", "full", "--max-rows", 12))
+    (folder / "screens.json").write_text(json.dumps(screens))
+    return folder
+
+def screen(folder, name):
+    return json.loads((folder / "screens.json").read_text())[name]
+
+def test_training_tells_what_it_does(folder):
+    status, out, err = screen(folder, "lora")
+    assert (status, err) == (0, "")
+    said = dict(line.split(maxsplit=1) for line in out.splitlines() if line[:1].isalpha())
+    assert said["read"].startswith("26 rows from ")
+    assert "2 of 26 rows are longer and are cut there; 1 of these have no answer before the cut and are left out" in said["context"]
+    assert said["split"].startswith("23 rows to train on, 2 held out")
+    assert "fluent nonsense" in said["note"] and "--model Qwen/Qwen3-0.6B-Base" in said["note"]
+    assert out.count("held-out loss") == 2 and all(out.count(f"\n{word} ") == 2 for word in ("question", "before", "after"))
+    assert said["next"] == f"sftlab chat {folder / 'lora'}"
+
+def test_training_leaves_a_whole_result(folder):
+    run = json.loads((folder / "lora" / "run.json").read_text())
+    assert run["held_out_nll_after"] < run["held_out_nll_before"]
+    assert (run["rows"], run["rows_cut"], run["rows_left_out"], run["rows_trained"], run["rows_held_out"]) == (26, 2, 1, 23, 2)
+    assert (run["method"], run["epochs"], run["learning_rate"], run["seed"], run["steps"]) == ("lora", 2, 5e-3, 3, 6)
+    assert (folder / "lora" / "loss.png").read_bytes().startswith(b"\x89PNG") and (folder / "lora" / "loss.png").stat().st_size > 5000
+    assert not list(folder.glob(".*"))
+
+def test_other_programs_load_the_results(folder):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    base = AutoModelForCausalLM.from_pretrained(cli.load("tiny")[0].name_or_path, dtype=torch.float32)
+    full = AutoModelForCausalLM.from_pretrained(folder / "full", dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(folder / "full")("Hello", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        before = base(ids).logits
+        assert not torch.equal(full(ids).logits, before)
+        assert not torch.equal(PeftModel.from_pretrained(base, folder / "lora").eval()(ids).logits, before)
+
+def test_max_rows(folder):
+    status, out, _ = screen(folder, "full")
+    assert status == 0 and "24 rows from" in out and "12 of them are used" in out
+    run = json.loads((folder / "full" / "run.json").read_text())
+    assert run["rows"] == run["rows_trained"] + run["rows_held_out"] == 12
+
+def test_a_result_is_never_written_over(folder):
+    before = {f: f.read_bytes() for f in (folder / "lora").iterdir()}
+    status, out, err = call("train", "--data", folder / "alpaca.json", "--output", folder / "lora")
+    assert (status, out) == (1, "") and "not an empty folder" in err and err.count("\n") == 1
+    assert before == {f: f.read_bytes() for f in (folder / "lora").iterdir()}
+
+DATA = ["train", "--data", "{alpaca}", "--output", "{out}"]
+
+@pytest.mark.parametrize("status, words, says", [
+    (2, ["train"], "Missing option '--data'"),
+    (2, ["train", "--data", "{alpaca}"], "Missing option '--output'"),
+    (2, ["train", "--data", "nothing.json", "--output", "{out}"], "'nothing.json' does not exist"),
+    (2, ["train", "--data", ".", "--output", "{out}"], "is a directory"),
+    (2, ["trian"], "No such command 'trian'"),
+    (2, [*DATA, "--epoch", "1"], "No such option: --epoch"),
+    (2, [*DATA, "--epochs", "0"], "'--epochs'"),
+    (2, [*DATA, "--epochs", "nan"], "'--epochs'"),
+    (2, [*DATA, "--epochs", "many"], "'--epochs'"),
+    (2, [*DATA, "--learning-rate", "-1"], "'--learning-rate'"),
+    (2, [*DATA, "--learning-rate", "nan"], "'--learning-rate'"),
+    (2, [*DATA, "--method", "qlora"], "'full', 'lora'"),
+    (2, [*DATA, "--max-rows", "1"], "'--max-rows'"),
+    (2, [*DATA, "--seed", "-1"], "'--seed'"),
+    (2, ["chat"], "Missing argument 'DIR'"),
+    (2, ["doctor", "now"], "unexpected extra argument"),
+    (1, ["train", "--data", "{text}", "--output", "{out}"], "found the fields text; accepted are"),
+    (1, ["train", "--data", "{one}", "--output", "{out}"], "fewer than two different rows"),
+    (1, ["train", "--data", "{bad}", "--output", "{out}"], "line 2: field 'output' is missing"),
+    (1, ["train", "--data", "{alpaca}", "--output", "{alpaca}/deeper"], "cannot be made"),
+    (1, [*DATA, "--model", "nobody/nothing"], "'nobody/nothing' is not on this machine"),
+    (1, [*DATA, "--model", "{here}"], "holds no model"),
+    (1, ["chat", "{here}/nothing"], "There is no folder"),
+])
+def test_mistakes_get_one_line(tmp_path, status, words, says):
+    row = '{"instruction": "Hi", "output": "Hello"}'
+    for name, content in (("alpaca", row + "\n" + row.replace("Hi", "Ho")), ("text", '{"text": "x"}'), ("one", f"{row}\n{row}"), ("bad", row + '\n{"instruction": "Hi"}')):
+        (tmp_path / name).write_text(content)
+    names = {name: tmp_path / name for name in ("alpaca", "text", "one", "bad", "out")} | dict(here=tmp_path)
+    got, out, err = call(*[word.format(**names) for word in words])
+    assert (got, err.count("\n")) == (status, 1) and err.startswith("sftlab: ") and says in err, (got, err)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+def test_help_is_quick_and_has_examples():
+    used = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([*SFTLAB, "--help"], capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert done.returncode == 0 and all(f"\n  {command} " in done.stdout for command in ("train", "chat", "doctor", "lab"))
+    assert min(used) < 0.5 # seconds of CPU
+    for command in ("train", "chat", "lab"):
+        status, out, _ = call(command, "--help")
+        assert status == 0 and f"\n    sftlab {command}" in out
+    status, out, _ = call()
+    assert status == 2 and out == done.stdout
+
+# A command that is slow on purpose, so that it can be interrupted in the middle.
+SLOW_TRAINING = """
+import sys, time, transformers
+from sftlab import cli
+step = transformers.Trainer.training_step
+transformers.Trainer.training_step = lambda *a, **k: (print("step", flush=True), time.sleep(0.2), step(*a, **k))[-1]
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+def test_interrupted_training_leaves_nothing(folder, tmp_path):
+    words = ["train", "--data", folder / "chats.jsonl", "--output", tmp_path / "out", "--epochs", "100"]
+    run = subprocess.Popen([sys.executable, "-c", SLOW_TRAINING, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        if line.startswith("step"): break
+    assert run.poll() is None and list(tmp_path.glob(".*out*")) and not list(tmp_path.glob("[!.]*")) # it was in the middle
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and err.endswith("sftlab: stopped\n") and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+def chat(monkeypatch, model, *lines):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    return call("chat", model)
+
+def test_chat_answers_line_by_line(folder, monkeypatch):
+    for model in ("lora", "full"):
+        status, out, err = chat(monkeypatch, folder / model, "What is the capital of Peru?", "", "Are you sure?")
+        assert (status, err) == (0, "") and len(out.splitlines()) >= 2
+    status, out, _ = chat(monkeypatch, folder / "lora", "/quit", "What is the capital of Peru?")
+    assert (status, out) == (0, "")
+
+def test_chat_says_what_it_forgets(folder, monkeypatch):
+    seen = []
+    def stream(model, tokenizer, ids, max_new_tokens, **_):
+        seen.append((tokenizer.decode(ids), len(ids), max_new_tokens))
+        yield "Yes."
+    monkeypatch.setattr("sftlab.generation.stream", stream)
+    words = " ".join(["seven"] * 60)
+    status, out, _ = chat(monkeypatch, folder / "lora", f"first {words}", f"second {words}", "third " + 20 * words, "fourth")
+    assert status == 0 and out.splitlines().count("Yes.") == 3
+    assert all(n + room <= 512 for _, n, room in seen)
+    last = seen[-1][0]
+    assert "(too long: " in out and "third" not in last and last.endswith("fourth<|im_end|>\n<|im_start|>assistant\n")
+    assert ("first" in last) == ("forgotten" not in out) and "second" in last and "Yes.<|im_end|>" in last
+    status, out, _ = chat(monkeypatch, folder / "lora", *[f"{n} {words}" for n in range(6)])
+    assert "the oldest 2 messages are forgotten" in out and "\n0 seven" not in seen[-1][0] and "\n5 seven" in seen[-1][0]
+
+SLOW_CHAT = """
+import sys, time
+from sftlab import cli, generation
+stream = generation.stream
+def slow(*a, **k):
+    for piece in stream(*a, **k | dict(stop_ids=())):
+        time.sleep(0.1)
+        yield piece or "."
+generation.stream = slow
+sys.exit(cli.main(["chat", "tiny"]))
+"""
+
+def test_control_c_stops_the_answer_and_not_the_program():
+    pid, terminal = pty.fork()
+    if pid == 0: os.execv(sys.executable, [sys.executable, "-c", SLOW_CHAT])
+    text = ""
+    def until(found, seconds=60):
+        nonlocal text
+        end = time.time() + seconds
+        while not found(text):
+            assert time.time() < end, text
+            if select.select([terminal], [], [], 0.2)[0]: text += os.read(terminal, 65536).decode(errors="replace")
+    try:
+        until(lambda t: t.endswith("> "))
+        os.write(terminal, b"Hello\n")
+        start = len(text)
+        until(lambda t: len(t) > start + len("Hello\r\n") + 3)
+        os.write(terminal, b"\x03") # Ctrl-C in the middle of the answer
+        until(lambda t: "(stopped)" in t and t.endswith("> "), seconds=10)
+        os.write(terminal, b"\x03") # and at the prompt
+        until(lambda t: "(Ctrl-D or /quit ends)" in t.split("(stopped)")[1] and t.endswith("> "))
+        os.write(terminal, b"\x04") # Ctrl-D
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        pid = None
+    finally:
+        if pid: os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)
+        os.close(terminal)
+
+def test_doctor(monkeypatch):
+    status, out, err = call("doctor")
+    assert (status, err) == (0, "") and "yes  lessons" in out
+    for name in ("python", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "jupyterlab", "device", "memory", "disk"):
+        assert f"\n{name} " in "\n" + out, name
+    monkeypatch.setattr(cli, "_version", lambda name: None if name == "trl" else "1.0")
+    status, out, _ = call("doctor")
+    assert status == 1 and "no   lessons" in out and "pip install trl" in out
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    "A course of a few files, and the commands that would have been started."
+    import sftlab
+    root = tmp_path / "repository"
+    for name in ("nbs/01_base_vs_instruct.ipynb", "nbs/reference/cli.ipynb", "nbs/images/a.svg", "exercises/q.ipynb",
+                 "exercises/solutions/q.ipynb", "nbs/.ipynb_checkpoints/01-checkpoint.ipynb", "nbs/_quarto.yml", "sftlab/__init__.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    started = []
+    monkeypatch.setattr(sftlab, "__file__", str(root / "sftlab" / "__init__.py"))
+    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
+    monkeypatch.chdir(tmp_path)
+    return root, started
+
+def files(folder):
+    return {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
+
+def test_lab_copies_the_course_and_opens_lesson_one(repository, tmp_path):
+    root, started = repository
+    status, out, err = call("lab", "course", "--no-browser", "--ServerApp.port=8890")
+    assert (status, err) == (0, "") and "4 files copied" in out
+    assert files(tmp_path / "course") == {"01_base_vs_instruct.ipynb", "reference/cli.ipynb", "images/a.svg", "exercises/q.ipynb"}
+    (command,) = started
+    assert command[1:5] == ["-m", "jupyterlab", str(tmp_path / "course" / "01_base_vs_instruct.ipynb"), "--ServerApp.ip=127.0.0.1"]
+    assert command[5:7] == ["--no-browser", "--ServerApp.port=8890"]
+    assert call("lab", "--no-browser")[0] == 0 and files(tmp_path / "sftlab-course") == files(tmp_path / "course")
+    assert "--no-browser" in started[-1]
+
+def test_lab_never_overwrites(repository, tmp_path):
+    root, _ = repository
+    call("lab", "course")
+    mine = tmp_path / "course" / "01_base_vs_instruct.ipynb"
+    mine.write_text("what I wrote")
+    (root / "nbs" / "new.ipynb").write_text("new")
+    status, out, _ = call("lab", "course")
+    assert status == 0 and "1 files copied" in out and "your versions of 01_base_vs_instruct.ipynb" in out
+    assert mine.read_text() == "what I wrote" and (tmp_path / "course" / "new.ipynb").read_text() == "new"
+
+def test_lab_without_what_it_needs(repository, monkeypatch):
+    root, started = repository
+    (root / "nbs" / "01_base_vs_instruct.ipynb").unlink()
+    status, _, err = call("lab", "course")
+    assert status == 1 and "pip install -e" in err and err.count("\n") == 1
+    monkeypatch.setattr(cli.util, "find_spec", lambda name: None)
+    status, _, err = call("lab", "course")
+    assert status == 1 and "pip install 'sftlab[lab]'" in err and err.count("\n") == 1
+    assert started == [] and not Path("course").exists()
+
+def test_lab_starts_the_real_thing(tmp_path):
+    pytest.importorskip("jupyterlab")
+    done = subprocess.run([*SFTLAB, "lab", tmp_path / "course", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip().splitlines()[-1][0].isdigit(), done.stderr
+    assert {"01_base_vs_instruct.ipynb", "02_instruction_data.ipynb"} <= files(tmp_path / "course")
+
+@pytest.mark.parametrize("name", ["alpaca_en_demo.json", "alpaca_zh_demo.json", "sharegpt_dummy_conversation.json"])
+def test_real_file(real_data, tmp_path, monkeypatch, name):
+    status, out, err = call("train", "--data", real_data / name, "--output", tmp_path / "out", "--epochs", 1, "--max-rows", 60)
+    assert (status, err) == (0, ""), err
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["rows"] == 60 and run["held_out_nll_after"] < run["held_out_nll_before"]
+    status, out, err = chat(monkeypatch, tmp_path / "out", "Who are you?")
+    assert (status, err) == (0, "") and out.strip()
