@@ -128,7 +128,7 @@ def default_learning_rate(
     "A learning rate to start with."
     return {"full": 1e-3, "lora": 5e-3}[method] if is_tiny(model) else {"full": 2e-5, "lora": 2e-4}[method]
 
-# %% ../nbs/reference/finetune.ipynb #90b53f5c
+# %% ../nbs/reference/finetune.ipynb #25d5a7bf
 def _config(model, tokenizer, method, epochs, learning_rate, seed, folder, steps): # -> SFTConfig
     import torch
     from trl import SFTConfig
@@ -137,7 +137,7 @@ def _config(model, tokenizer, method, epochs, learning_rate, seed, folder, steps
     new_gpu = device == "cuda" and torch.cuda.get_device_capability(model.device)[0] >= 8
     return SFTConfig(
         output_dir=str(folder), save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=max(1, steps // 50),
-        num_train_epochs=epochs, learning_rate=learning_rate, warmup_steps=0.05, seed=seed,
+        num_train_epochs=epochs, learning_rate=learning_rate, warmup_steps=steps // 20, seed=seed,
         per_device_train_batch_size=8 if small else 1, gradient_accumulation_steps=1 if small else 8, gradient_checkpointing=not small,
         max_length=context_length(model), assistant_only_loss=marked, eos_token="<|im_end|>" if "<|im_end|>" in template else None,
         use_cpu=device == "cpu", bf16=new_gpu, fp16=device == "cuda" and not new_gpu, dataloader_pin_memory=device == "cuda")
