@@ -3,6 +3,7 @@ import psutil, pytest
 
 from lab import ask, browser_page, errors, find_browser, jupyterlab, open_notebook, run_all, screenshot, write_notebook
 
+LESSON = "01_base_vs_instruct.ipynb"
 WIDGET = """
 from ipywidgets import Button, HTML, Text, VBox
 prompt, button, answers = Text(placeholder="Type a prompt"), Button(description="Generate"), HTML("base few-shot instruct")
@@ -35,19 +36,13 @@ def page(address):
     with browser_page(address) as page: yield page
 
 
-def opened(page): return page.evaluate("() => jupyterapp.shell.currentWidget.context.path")
-
-
 def test_lesson_1(page, address, tmp_path):
-    page.goto(address)
-    page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.context?.isReady", timeout=120_000)
-    lesson = opened(page)
-    assert lesson.endswith("01_base_vs_instruct.ipynb"), "the address that is printed must open lesson 1"
-    open_notebook(page, lesson)
+    assert address.endswith(f"/lab/tree/{LESSON}"), f"the address that is printed does not open lesson 1: {address}"
+    open_notebook(page, LESSON)
     run_all(page)
     assert errors(page) == []
     first = ask(page, "What is the capital of France?")
-    assert ask(page, "Hello") != first
+    assert ask(page, "What is 2 + 3?") != first
     page.locator(".sftlab-side-by-side").scroll_into_view_if_needed()
     screenshot(page, "lesson_01", tmp_path)
 
@@ -56,7 +51,7 @@ def test_good_notebook_passes(page, tmp_path):
     open_notebook(page, "good.ipynb")
     run_all(page)
     assert errors(page) == []
-    assert "FEW" not in (first := ask(page, "one")) and "Few-shot: ONE" in first
+    assert "Few-shot: ONE" in ask(page, "one")
     assert "Instruct: TWO" in ask(page, "two")
     assert screenshot(page, "good", tmp_path).read_bytes().startswith(b"\x89PNG")
 
