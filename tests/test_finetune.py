@@ -124,13 +124,17 @@ def test_a_folder_with_something_in_it_is_not_touched(tmp_path):
     with pytest.raises(FinetuneError, match="cannot be made"), whole_folder(tmp_path / "out" / "mine.txt" / "deeper"): pass
     assert [f.name for f in tmp_path.rglob("*")] == ["out", "mine.txt"] and (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
-def test_a_folder_appears_whole(tmp_path):
-    for out in (tmp_path / "a" / "b", tmp_path / "empty"):
-        if out.name == "empty": out.mkdir()
+def test_a_folder_appears_whole(tmp_path, monkeypatch):
+    for name in ("a", "empty", "linked"): (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "linked")
+    monkeypatch.chdir(tmp_path / "a")
+    with pytest.raises(FinetuneError, match="the folder you are in"), whole_folder("."): pass
+    for out in (tmp_path / "deep" / "deeper", tmp_path / "empty", tmp_path / "link", Path("new")):
+        target = out.resolve()
         with whole_folder(out) as partial:
             (partial / "x").write_text("x")
-            assert not (out / "x").exists()
-        assert [f.name for f in out.iterdir()] == ["x"] and not list(out.parent.glob(".*"))
+            assert not (target / "x").exists()
+        assert [f.name for f in target.iterdir()] == ["x"] and not list(target.parent.glob(".*"))
 
 def test_a_killed_process_leaves_no_folder_that_looks_finished(tmp_path):
     code = "import os, sys; from sftlab.finetune import whole_folder\nwith whole_folder(sys.argv[1]) as f: (f / 'half').touch(); os.kill(os.getpid(), 9)"
