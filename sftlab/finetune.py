@@ -89,19 +89,20 @@ def whole_folder(
     path, # where the result is to stand; must not exist, or be empty
 ):
     "A new folder to write into, which becomes `path` when all went well and is removed when not."
-    path = Path(path).resolve()
+    path = Path(path)
+    final = path.resolve()
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FinetuneError(f"{path} is there already and is not an empty folder: name another one, nothing is written over")
-        if path == Path.cwd(): raise FinetuneError(f"{path} is the folder you are in: name a new one inside it")
-        if path.exists(): path.rmdir() # now, and not after an hour of training
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.parent / f".{path.name}.{os.getpid()}.partial"
+        if final == Path.cwd(): raise FinetuneError(f"{path} is the folder you are in: name a new one inside it")
+        if path.exists(): final.rmdir() # now, and not after an hour of training
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial = final.parent / f".{final.name}.{os.getpid()}.partial"
         partial.mkdir()
     except OSError as e: raise FinetuneError(f"{path}: cannot be made: {e.strerror}")
     try:
         yield partial
-        os.replace(partial, path)
+        os.replace(partial, final)
     finally: shutil.rmtree(partial, ignore_errors=True)
 
 # %% ../nbs/reference/finetune.ipynb #1c9b59bb
