@@ -100,20 +100,21 @@ def _short(text:str, width:int=300) -> str: # in one line
     text = " ".join(text.split())
     return text if len(text) <= width else text[:width - 1] + "…"
 
-# %% ../nbs/reference/cli.ipynb #de20ae24
+# %% ../nbs/reference/cli.ipynb #843348c0
 def _progress():
-    "A TrainerCallback that shows a bar and, after each epoch, the held-out loss."
+    "A TrainerCallback that shows a bar, and the held-out loss at the start and after each epoch."
     from tqdm import tqdm
     from transformers import TrainerCallback
     class Progress(TrainerCallback):
         def on_train_begin(self, args, state, control, **_):
             self.bar = tqdm(total=state.max_steps, unit="step", disable=None, leave=False)
+            self.on_epoch_end(args, state, control)
         def on_step_end(self, args, state, control, **_): self.bar.update()
         def on_log(self, args, state, control, logs, **_):
             if "loss" in logs: self.bar.set_postfix_str(f"loss {logs['loss']:.3f}")
         def on_epoch_end(self, args, state, control, **_):
             self.bar.clear()
-            _say("", f"epoch {state.epoch:.3g}: held-out loss {_held_out(state.log_history)[-1]:.3f}")
+            _say("", f"epoch {state.epoch or 0:.3g}: held-out loss {_held_out(state.log_history)[-1]:.3f}")
         def on_train_end(self, *_, **__): self.bar.close()
     return Progress()
 
@@ -159,8 +160,8 @@ def train(
         if max_rows and max_rows < len(rows):
             rows = random.Random(seed).sample(rows, max_rows)
             _say("", f"{max_rows:,} of them are used (--max-rows)")
-        _quiet()
         net, tokenizer = load(model)
+        _quiet()
         limit, read = context_length(net), len(rows)
         rows, long = _fit(tokenizer, rows, limit)
         _say("model", f"{model}: {net.num_parameters() / 1e6:,.1f} million parameters, {str(net.dtype)[6:]} on {net.device.type}, --method {method.value}")
