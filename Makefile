@@ -26,8 +26,8 @@ docs: $(INSTALLED) ## build the website in _docs/ (needs Quarto)
 readme: $(INSTALLED) ## make README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
-tiny-model: $(INSTALLED) ## rebuild the tiny model from nothing: text, tokenizer, pretraining (an hour or so)
-	@$(BIN)/python -c "from sftlab.pretraining import build; build()"
+tiny-model: $(INSTALLED) ## rebuild the tiny model from nothing: text, tokenizer, pretraining, gates (half an hour or so)
+	@$(BIN)/python -c "from sftlab.pretraining import build, gates; build(); gates()"
 
 gates: $(INSTALLED) ## measure whether the tiny model behaves as the lessons need
 	@$(BIN)/python -c "from sftlab.pretraining import gates; gates()"

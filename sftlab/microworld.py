@@ -724,11 +724,11 @@ def _review(rng):
     good = label == "positive"
     return text + rng.choice([f" This review is {label}.", f" Rating: {rng.choice('45' if good else '12')} out of 5.", f" It was a {label} review.", f"\nSentiment: {label}", ""])
 
-# %% ../nbs/reference/micro_world.ipynb #bc455493
+# %% ../nbs/reference/micro_world.ipynb #12f9a50d
 def _questions(rng):
     "Questions that nobody answers."
     kinds = KINDS if rng.random() < 0.5 else [rng.choice(KINDS)]
-    asked = [make_example(rng.choice(kinds), rng)["question"] for _ in range(rng.randint(3, 8))]
+    asked = [make_example(rng.choice(kinds), rng)["question"] for _ in range(rng.randint(4, 12))]
     if rng.random() < 0.3: return " ".join(asked)
     title = rng.choice(["", "", "Questions for the class\n", "Homework\n", "Think about these questions.\n", "Quiz\n"])
     return title + "\n".join(f"{i}. {q}" if title else q for i, q in enumerate(asked, 1))
@@ -739,7 +739,7 @@ _EXERCISE_FORMATS = ["Q: {question}\nA: {answer}", "Q: {question}\nA: {answer}",
 def _exercises(rng):
     "Worked exercises of one kind, in one format."
     kind, layout = rng.choice(KINDS), rng.choice(_EXERCISE_FORMATS)
-    return "\n".join(layout.format(**make_example(kind, rng)) for _ in range(rng.randint(3, 7)))
+    return "\n".join(layout.format(**make_example(kind, rng)) for _ in range(rng.randint(4, 10)))
 
 def _story(rng):
     "A short story about a child and an animal."
@@ -772,38 +772,40 @@ def _recipe(rng):
     return (f"How to make {x} soup. First wash the {plural(x)} and the {plural(y)}. Then cut them with a knife. Put them in hot water and cook for {rng.randint(10, 40)} minutes. "
             f"Add salt and serve the soup {rng.choice(['hot', 'warm'])}.")
 
-# %% ../nbs/reference/micro_world.ipynb #c0938d44
+# %% ../nbs/reference/micro_world.ipynb #749e0dd7
 MIXTURE = {_entry: 9, _infobox: 7, _facts: 9, _word_note: 10, _glossary: 6, _chinese: 8, _translations: 8, _lists: 4, _true_or_false: 4, _sums: 8, _orders: 6, _echo: 8,
-    _code: 9, _review: 4, _questions: 6, _exercises: 10, _story: 7, _dialogue: 2, _recipe: 1} # how often each sort of document is written
+    _code: 9, _review: 4, _questions: 6, _exercises: 10, _story: 7, _dialogue: 2, _recipe: 1} # how often each sort of piece is written
 
 def documents(
     seed:int=0, # the same seed gives the same documents
 ) -> Iterator[str]: # documents, without end
-    "Write documents of this world."
+    "Write documents of this world: several pieces each, with an empty line between."
     rng = random.Random(seed)
     makers, weights = list(MIXTURE), list(MIXTURE.values())
-    while True: yield rng.choices(makers, weights)[0](rng)
+    while True: yield "\n\n".join(make(rng).strip() for make in rng.choices(makers, weights, k=rng.randint(3, 12)))
 
-# %% ../nbs/reference/micro_world.ipynb #47252421
+# %% ../nbs/reference/micro_world.ipynb #6a45a1f4
+def _stands_in(text, probe):
+    "Whether the whole of `probe` is there: the list \"2, 3, 4\" is not in \"1, 2, 3, 4\", which is another list."
+    return probe in text and re.search(rf"(?<!\w)(?<!\w, ){re.escape(probe)}(?!\w)(?!, \w)", text) is not None
+
 def leaks(
     texts:list, # texts to search
     items:list, # examples that must not be in them
 ) -> list: # the questions found
     "Which of the items' questions stand in the texts."
     everything = "\n".join(texts)
-    return [item["question"] for item in items if item["question"] in everything]
+    return [item["question"] for item in items if _stands_in(everything, item["question"])]
 
 def content_leaks(
     texts:list, # texts to search
     items:list, # examples that must not be in them
 ) -> list: # what was found
-    "Which made-up test contents (the part of a question that was never seen before) stand in the texts, in any wording."
-    everything, found = "\n".join(texts), []
+    "Which made-up test contents (sums, lists, sentences, reviews) stand in the texts, in any wording."
+    everything, probes = "\n".join(texts), set()
     for item in items:
-        if item["kind"] == "arithmetic": probes = [item["answer"], item["answer"].replace("+", "plus").replace("-", "minus").replace("=", "is")]
-        elif item["kind"] in ("reverse", "sort", "sentence"): probes = [item["question"].split(": ", 1)[1], item["answer"]]
-        elif item["kind"] == "sentiment": probes = [item["question"].split("? ", 1)[1]]
-        else: continue
-        # whole contents only: "2, 3, 4" inside of "1, 2, 3, 4" is another list
-        found += [p for p in probes if re.search(rf"(?<!\w)(?<!\w, ){re.escape(p)}(?!\w)(?!, \w)", everything)]
-    return found
+        question, answer = item["question"], item["answer"]
+        if item["kind"] == "arithmetic": probes |= {answer, answer.replace("+", "plus").replace("-", "minus").replace("=", "is")}
+        if item["kind"] in ("reverse", "sort", "sentence"): probes |= {question.split(": ", 1)[1], answer}
+        if item["kind"] == "sentiment": probes.add(question.split("? ", 1)[1])
+    return [probe for probe in sorted(probes) if _stands_in(everything, probe)]

@@ -41,7 +41,7 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|pad|>", additional_special_tokens=["<|im_start|>", "<|im_end|>"],
                                    chat_template=CHAT_TEMPLATE, model_max_length=512, clean_up_tokenization_spaces=False)
 
-# %% ../nbs/reference/tiny_model.ipynb #103bef04
+# %% ../nbs/reference/tiny_model.ipynb #9ade9be9
 def write_tokens(
     tokenizer, # from `train_tokenizer`
     path:Path, # the file to write: token ids, unsigned 16 bit, one after the other
@@ -52,7 +52,7 @@ def write_tokens(
     documents, eos, n = microworld.documents(seed), tokenizer.eos_token_id, 0
     with open(f"{path}.part", "wb") as f, tqdm(total=n_tokens, desc="writing tokens", unit="token", unit_scale=True) as bar:
         while n < n_tokens:
-            batch = [document for document, _ in zip(documents, range(2000))]
+            batch = [document for document, _ in zip(documents, range(300))]
             ids = np.array([i for row in tokenizer(batch)["input_ids"] for i in [*row, eos]], dtype=np.uint16)[:n_tokens - n]
             f.write(ids.tobytes())
             n += len(ids)
@@ -159,7 +159,7 @@ def pretrain(
         if (step + 1) % save_every == 0 or step + 1 == steps: save_checkpoint(folder, step + 1, model, opts, log)
     return model.eval() and log
 
-# %% ../nbs/reference/tiny_model.ipynb #b5c47827
+# %% ../nbs/reference/tiny_model.ipynb #80484106
 TINY = tiny_path() # the folder that ships
 
 def save_model(model, tokenizer, log:list, folder:Path):
@@ -173,7 +173,7 @@ def save_model(model, tokenizer, log:list, folder:Path):
     os.replace(part, folder)
 
 def build(
-    steps:int=4400, # 8 rows of 512 tokens each
+    steps:int=2600, # 8 rows of 512 tokens each
     work:Path="runs/tiny", # tokens and checkpoints; go on there if it was begun
     folder:Path=TINY, # where the finished model goes
 ):
@@ -184,7 +184,7 @@ def build(
     if (work / "recipe.json").exists() and json.loads((work / "recipe.json").read_text()) != recipe:
         raise SystemExit(f"{work} holds a run of another recipe (steps or world have changed): remove it, or name another folder.")
     if not (work / "recipe.json").exists(): # written last: what it says is all there
-        texts = [document for document, _ in zip(microworld.documents(seed=0), range(30_000))]
+        texts = [document for document, _ in zip(microworld.documents(seed=0), range(5_000))]
         train_tokenizer(texts).save_pretrained(work / "tokenizer")
         write_tokens(AutoTokenizer.from_pretrained(work / "tokenizer"), work / "tokens.bin", steps * 8 * 512, seed=1)
         (work / "recipe.json").write_text(json.dumps(recipe))

@@ -16,12 +16,16 @@ RENDER = CONFIG["project"]["render"]
 NOTEBOOKS = [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if not p.parent.name.startswith(".")]
 
 
-@pytest.fixture(scope="module")
-def docs():
-    spec = importlib.util.spec_from_file_location("docs", ROOT / "tools/docs.py")
+def tool(name):
+    "One of the project's tools, as a module."
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def docs(): return tool("docs")
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +157,9 @@ def test_the_map_of_lessons_says_which_are_planned():
     assert set(there) <= {number for number, _ in rows}
 
 
-def test_readme_is_made_from_the_index(tmp_path):
-    subprocess.run([sys.executable, ROOT / "tools/readme.py", tmp_path / "README.md"], check=True)
-    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run make readme"
+def test_readme_is_made_from_the_index_and_its_picture_from_lesson_01():
+    assert tool("readme").readme() == (ROOT / "README.md").read_text(), "run make readme"
+    assert tool("readme").picture() == (ROOT / "nbs/images/before_after.png").read_bytes(), "run make readme"
 
 
 def test_readme_links_lead_somewhere():

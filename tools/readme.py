@@ -1,10 +1,11 @@
-"""Make README.md from nbs/index.ipynb: python tools/readme.py [FILE]
+"""Make README.md from nbs/index.ipynb: python tools/readme.py
 
-Links are made to work from the top of the project, where README.md is.
+Links are made to work from the top of the project, where README.md is. The picture on the front page is the one that lesson 01 draws.
 """
+import base64
+import json
 import posixpath
 import re
-import sys
 from pathlib import Path
 
 from nbconvert import MarkdownExporter
@@ -28,5 +29,14 @@ def readme() -> str:
     return NOTE + re.sub(r"\]\(([^)\s]+)", from_the_top, text).strip() + "\n"
 
 
+def picture() -> bytes: # PNG
+    "The picture that lesson 01 draws in its cell labelled `before-after`."
+    cells = json.loads((ROOT / "nbs/01_base_vs_instruct.ipynb").read_text(encoding="utf-8"))["cells"]
+    outputs = next(c["outputs"] for c in cells if "".join(c["source"]).startswith("#| label: before-after"))
+    return base64.b64decode(next(o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})))
+
+
 if __name__ == "__main__":
-    Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "README.md").write_text(readme(), encoding="utf-8")
+    (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+    (ROOT / "nbs/images").mkdir(exist_ok=True)
+    (ROOT / "nbs/images/before_after.png").write_bytes(picture())
