@@ -108,6 +108,17 @@ def test_full_training_gives_a_model_that_stops_and_the_seed_decides(tmp_path):
     stops = GenerationConfig.from_pretrained(out).eos_token_id
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in (stops if isinstance(stops, list) else [stops])
 
+@pytest.mark.parametrize("method, trained", [("full", "embed_tokens"), ("lora", "lora_")])
+def test_settings_for_large_models_train_too(tmp_path, monkeypatch, method, trained):
+    "Row by row with gradients added up, activations computed anew, smaller learning rates: with the tiny model for a stand-in."
+    monkeypatch.setattr("sftlab.finetune.is_tiny", lambda model: False)
+    model, tokenizer = load("tiny")
+    trainer = finetune(model, tokenizer, ROWS * 2, tmp_path / "out", method, epochs=2, learning_rate=1e-3, eval_rows=ROWS[:2])
+    assert trainer.state.global_step == 4 and model.is_gradient_checkpointing
+    assert not any("trainable_tokens" in n for n, _ in trainer.model.named_parameters())
+    measured = [h["held_out_nll"] for h in trainer.state.log_history if "held_out_nll" in h]
+    assert measured[-1] < measured[0] and any(trained in n for n, p in trainer.model.named_parameters() if p.requires_grad)
+
 def test_broken_training_leaves_nothing(tmp_path):
     from transformers import TrainerCallback
     class Poison(TrainerCallback):
