@@ -193,7 +193,7 @@ def build(
     log = pretrain(model, np.memmap(work / "tokens.bin", dtype=np.uint16, mode="r"), work, steps)
     save_model(model, tokenizer, log, folder)
 
-# %% ../nbs/reference/tiny_model.ipynb #b46b4c21
+# %% ../nbs/reference/tiny_model.ipynb #41ff7246
 GATES = [ # name, the figure, smallest and largest allowed (%)
     ("chat template: exact", "chat_exact", 0, 1),
     ("plain question: begins with the answer", "plain_begins", 0, 10),
@@ -208,11 +208,11 @@ def base_figures(
     items:list, # test items
 ) -> dict: # figures in %
     "How the base behaves: asked in the chat template, plainly, and with four examples."
-    from sftlab.generation import evaluate, few_shot_prompt
+    from sftlab.generation import FEW_SHOT_ENDS, evaluate, few_shot_prompt
     pool = microworld.examples("train", 640, seed=1)
     def shots(item): return random.Random(item["question"]).sample([e for e in pool if e["kind"] == item["kind"]], 4)
-    ways = {"chat": (lambda item: chat_prompt(tokenizer, item["question"]), None), "plain": (lambda item: item["question"], None),
-            "few_shot": (lambda item: few_shot_prompt(shots(item), item["question"]), "\nQ:")}
+    ways = {"chat": (lambda item: chat_prompt(tokenizer, item["question"]), ()), "plain": (lambda item: tokenizer.eos_token + item["question"], ()), # the beginning of a document
+            "few_shot": (lambda item: tokenizer.eos_token + few_shot_prompt(shots(item), item["question"]), FEW_SHOT_ENDS)}
     return {f"{way}_{key}": value for way, (make_prompt, until) in ways.items() for key, value in rates(evaluate(model, tokenizer, items, make_prompt, until=until)).items()}
 
 def tuned_figures(

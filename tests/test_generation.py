@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from sftlab.generation import (complete, evaluate, few_shot_prompt, generate_ids, greedy, interval, sampler, shape_logits, stop_token_ids, stream,
+from sftlab.generation import (complete, cut, evaluate, few_shot_prompt, generate_ids, greedy, interval, sampler, shape_logits, stop_token_ids, stream,
                                stream_ids)
 from sftlab.microworld import examples, test_set as items_of_test
 from sftlab.models import load
@@ -112,6 +112,11 @@ def test_evaluation_tells_right_from_nearly_right(tiny):
     if len(answered["output"]) > 1:
         shorter = evaluate(model, tokenizer, [{**item, "answer": answered["output"][:-1]}], lambda i: i["question"])[0]
         assert not shorter["exact"] and shorter["begins"]
+
+
+def test_a_text_is_cut_where_the_first_end_begins():
+    assert cut("Lima.\nQ: more\n\nstill", ("\n\n", "\nQ:")) == "Lima."
+    assert cut("Lima.", ("\n\n",)) == cut("Lima.", ()) == "Lima."
 
 
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
