@@ -340,7 +340,8 @@ def lab(
     copied, kept = _copy(_course(), folder)
     _say("course", f"{folder.resolve()}: {copied} files copied")
     if kept: _say("kept", f"your versions of {', '.join(kept)} (rename one to get the course's own)")
-    command = [sys.executable, "-m", "jupyterlab", str(folder.resolve() / FIRST), "--ServerApp.ip=127.0.0.1", *options]
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder.resolve()}", f"--LabApp.default_url=/lab/tree/{FIRST}",
+               "--ServerApp.ip=127.0.0.1", *options]
     if getattr(os, "geteuid", lambda: 1)() == 0: command.append("--allow-root") # in a container
     _say("lab", "the address follows; Ctrl-C twice ends it")
     sys.stdout.flush()

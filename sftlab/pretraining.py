@@ -8,7 +8,7 @@ __all__ = ['SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'TINY', 'GATES', 'train_tokenizer'
            'base_figures', 'tuned_figures', 'chat_prompt', 'rates', 'checksum', 'missed', 'gates', 'gates_table',
            'model_card']
 
-# %% ../nbs/reference/tiny_model.ipynb #72138bc7
+# %% ../nbs/reference/tiny_model.ipynb #507b1ab0
 import hashlib, json, math, os, random, shutil, sys, time
 from pathlib import Path
 import numpy as np, torch
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from . import microworld
 from .models import load, tiny_path
 
-# %% ../nbs/reference/tiny_model.ipynb #3441897a
+# %% ../nbs/reference/tiny_model.ipynb #4762a993
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
 CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}{% else %}{{ message.content }}<|im_end|>{% endif %}
@@ -41,7 +41,7 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|pad|>", additional_special_tokens=["<|im_start|>", "<|im_end|>"],
                                    chat_template=CHAT_TEMPLATE, model_max_length=512, clean_up_tokenization_spaces=False)
 
-# %% ../nbs/reference/tiny_model.ipynb #9ade9be9
+# %% ../nbs/reference/tiny_model.ipynb #498d6afb
 def write_tokens(
     tokenizer, # from `train_tokenizer`
     path:Path, # the file to write: token ids, unsigned 16 bit, one after the other
@@ -53,13 +53,13 @@ def write_tokens(
     with open(f"{path}.part", "wb") as f, tqdm(total=n_tokens, desc="writing tokens", unit="token", unit_scale=True) as bar:
         while n < n_tokens:
             batch = [document for document, _ in zip(documents, range(300))]
-            ids = np.array([i for row in tokenizer(batch)["input_ids"] for i in [*row, eos]], dtype=np.uint16)[:n_tokens - n]
+            ids = np.array([i for row in tokenizer(batch, verbose=False)["input_ids"] for i in [*row, eos]], dtype=np.uint16)[:n_tokens - n]
             f.write(ids.tobytes())
             n += len(ids)
             bar.update(len(ids))
     os.replace(f"{path}.part", path)
 
-# %% ../nbs/reference/tiny_model.ipynb #fd1bd0cf
+# %% ../nbs/reference/tiny_model.ipynb #192ea472
 def new_model(
     tokenizer, # gives the vocabulary's size and the id of the end
     hidden:int=192, # width
@@ -73,7 +73,7 @@ def new_model(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=layers, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64,
         max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
-# %% ../nbs/reference/tiny_model.ipynb #c8c2db73
+# %% ../nbs/reference/tiny_model.ipynb #088aaf4f
 def next_token_loss(
     model, # any causal language model
     rows:torch.Tensor, # token ids, `(batch, length)`
@@ -93,7 +93,7 @@ def schedule(step:int, steps:int, warmup:int=60) -> float: # factor of the learn
     "Warm up, hold, then fall to zero over the last 60 %."
     return min(1, (step + 1) / warmup) * min(1, (1 - step / steps) / 0.6)
 
-# %% ../nbs/reference/tiny_model.ipynb #b328b1ea
+# %% ../nbs/reference/tiny_model.ipynb #b8d96df9
 def save_checkpoint(folder:Path, step:int, model, opts:list, log:list):
     "Write a checkpoint whole, then drop the one before."
     new, tensors = folder / f"step-{step:06}", {}
@@ -126,7 +126,7 @@ def load_checkpoint(folder:Path, model, opts:list) -> tuple: # (steps done, log)
         opt.load_state_dict(state)
     return int(found[-1].name.split("-")[1]), json.loads((found[-1] / "log.json").read_text())
 
-# %% ../nbs/reference/tiny_model.ipynb #2c3acc9e
+# %% ../nbs/reference/tiny_model.ipynb #6f2e923b
 def pretrain(
     model, # from `new_model`; trained in place
     tokens:np.ndarray, # token ids in one line
@@ -159,7 +159,7 @@ def pretrain(
         if (step + 1) % save_every == 0 or step + 1 == steps: save_checkpoint(folder, step + 1, model, opts, log)
     return model.eval() and log
 
-# %% ../nbs/reference/tiny_model.ipynb #80484106
+# %% ../nbs/reference/tiny_model.ipynb #c9971434
 TINY = tiny_path() # the folder that ships
 
 def save_model(model, tokenizer, log:list, folder:Path):
@@ -193,7 +193,7 @@ def build(
     log = pretrain(model, np.memmap(work / "tokens.bin", dtype=np.uint16, mode="r"), work, steps)
     save_model(model, tokenizer, log, folder)
 
-# %% ../nbs/reference/tiny_model.ipynb #41ff7246
+# %% ../nbs/reference/tiny_model.ipynb #d51821da
 GATES = [ # name, the figure, smallest and largest allowed (%)
     ("chat template: exact", "chat_exact", 0, 1),
     ("plain question: begins with the answer", "plain_begins", 0, 10),
@@ -236,7 +236,7 @@ def rates(rows:list) -> dict: # `exact`, `begins`, `stopped` in %
     "Shares of a list of evaluated items."
     return {key: round(100 * sum(r[key] for r in rows) / len(rows), 1) for key in ("exact", "begins", "stopped")}
 
-# %% ../nbs/reference/tiny_model.ipynb #a666ac8b
+# %% ../nbs/reference/tiny_model.ipynb #bedb2e70
 def checksum(folder:Path=TINY) -> str: # SHA-256 of the weights
     "Which weights a figure belongs to."
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
@@ -260,7 +260,7 @@ def gates_table(figures:dict) -> str: # markdown
     rows = [f"| {name} | {figures[key]} % | {f'at most {high}' if low == 0 else f'at least {low}'} % | {'yes' if low <= figures[key] <= high else '**no**'} |" for name, key, low, high in GATES]
     return "\n".join(["| gate | measured | asked | passed |", "|---|---|---|---|", *rows])
 
-# %% ../nbs/reference/tiny_model.ipynb #201d827e
+# %% ../nbs/reference/tiny_model.ipynb #7d83c33d
 def model_card(folder:Path=TINY) -> str: # markdown
     "The model's card, from its own figures."
     figures, log, config = (json.loads((folder / f).read_text()) for f in ("gates.json", "training_log.json", "config.json"))

@@ -1,5 +1,6 @@
 "What all tests share: no network, the learner's real files where there are some, and a table of how long notebooks took."
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -8,6 +9,7 @@ import pytest
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 os.environ.update(OFFLINE)  # before any test imports a library that reads them
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, a process ignores Ctrl-C, and so would the programs that it starts
 hypothesis.settings.register_profile("sftlab", deadline=None)  # a first call that loads a library is slow, not wrong
 hypothesis.settings.load_profile("sftlab")
 

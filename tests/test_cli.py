@@ -246,8 +246,8 @@ def test_lab_copies_the_course_and_opens_lesson_one(repository, tmp_path):
     assert (status, err) == (0, "") and "4 files copied" in out
     assert files(tmp_path / "course") == {"01_base_vs_instruct.ipynb", "reference/cli.ipynb", "images/a.svg", "exercises/q.ipynb"}
     (command,) = started
-    assert command[1:5] == ["-m", "jupyterlab", str(tmp_path / "course" / "01_base_vs_instruct.ipynb"), "--ServerApp.ip=127.0.0.1"]
-    assert command[5:7] == ["--no-browser", "--ServerApp.port=8890"]
+    assert command[1:6] == ["-m", "jupyterlab", f"--ServerApp.root_dir={tmp_path / 'course'}", "--LabApp.default_url=/lab/tree/01_base_vs_instruct.ipynb", "--ServerApp.ip=127.0.0.1"]
+    assert command[6:8] == ["--no-browser", "--ServerApp.port=8890"]
     assert call("lab", "--no-browser")[0] == 0 and files(tmp_path / "sftlab-course") == files(tmp_path / "course")
     assert "--no-browser" in started[-1]
 

@@ -77,6 +77,13 @@ def test_committed_outputs_hold_no_error(name):
     assert not errors
 
 
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_committed_outputs_hold_no_widget(name):
+    "Without its kernel a saved widget is shown as an error: clear such an output before the notebook is committed."
+    cells = [c for c in json.loads((ROOT / name).read_text())["cells"] if c["cell_type"] == "code"]
+    assert [c["id"] for c in cells for o in c["outputs"] if "application/vnd.jupyter.widget-view+json" in o.get("data", {})] == []
+
+
 def run(path, log, limit):
     """Run the notebook at `path`, in its own folder and a process of its own that can reach nothing but this machine; return the seconds it took.
 
