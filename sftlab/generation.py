@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FEW_SHOT_ENDS', 'few_shot_prompt', 'cut', 'greedy', 'generate_ids', 'stop_token_ids', 'shape_logits', 'sampler',
-           'stream_ids', 'stream', 'Completion', 'complete', 'evaluate', 'interval', 'side_by_side']
+           'stream_ids', 'stream', 'Completion', 'complete', 'evaluate', 'interval', 'answers_html', 'side_by_side']
 
-# %% ../nbs/01_base_vs_instruct.ipynb #7b9c187d
-import codecs, math, random
+# %% ../nbs/01_base_vs_instruct.ipynb #036074a8
+import math, random
 from dataclasses import dataclass
 
 # %% ../nbs/01_base_vs_instruct.ipynb #3fdfe915
@@ -27,7 +27,7 @@ def cut(
     "Cut a text where one of `ends` begins."
     return text[:min((text.find(end) for end in ends if end in text), default=len(text))]
 
-# %% ../nbs/01_base_vs_instruct.ipynb #585552ba
+# %% ../nbs/01_base_vs_instruct.ipynb #f5b6f6ed
 def greedy(
     logits, # scores of the next token, `(vocabulary,)`
 ) -> int: # id of the token chosen
@@ -51,7 +51,7 @@ def generate_ids(
         if new[-1] in stop_ids: return new, "stop"
     return new, "length"
 
-# %% ../nbs/01_base_vs_instruct.ipynb #4c57e9b7
+# %% ../nbs/01_base_vs_instruct.ipynb #54f0f472
 def stop_token_ids(
     model, # its `generation_config` may name one stop token or several
     tokenizer, # its `eos_token` is one
@@ -61,7 +61,7 @@ def stop_token_ids(
     named = [] if named is None else [named] if isinstance(named, int) else named
     return {*named, tokenizer.eos_token_id} - {None}
 
-# %% ../nbs/01_base_vs_instruct.ipynb #6ffb5f27
+# %% ../nbs/01_base_vs_instruct.ipynb #230f0431
 def shape_logits(
     logits, # scores of the next token, `(vocabulary,)`
     temperature:float=1.0, # above 0
@@ -93,7 +93,7 @@ def sampler(
         return int(torch.multinomial(probabilities, 1, generator=dice))
     return pick
 
-# %% ../nbs/01_base_vs_instruct.ipynb #25581897
+# %% ../nbs/01_base_vs_instruct.ipynb #ec1a2864
 def stream_ids(
     model, # a causal language model
     ids:list, # token ids of the prompt
@@ -111,7 +111,7 @@ def stream_ids(
         yield token
         feed = [token]
 
-# %% ../nbs/01_base_vs_instruct.ipynb #7301fc0b
+# %% ../nbs/01_base_vs_instruct.ipynb #733a515c
 def stream(
     model, tokenizer,
     prompt_ids:list, # token ids of the prompt
@@ -132,7 +132,7 @@ def stream(
             shown = len(text)
     if shown < len(text := tokenizer.decode(new)): yield text[shown:]
 
-# %% ../nbs/01_base_vs_instruct.ipynb #499f6fe3
+# %% ../nbs/01_base_vs_instruct.ipynb #e1946bc3
 @dataclass
 class Completion:
     "What a model wrote, and why it ended."
@@ -174,7 +174,7 @@ def complete(
         found |= zip(batch, _complete_batch(model, tokenizer, [prompts[i] for i in batch], max_new_tokens, stops))
     return [found[i] for i in range(len(prompts))]
 
-# %% ../nbs/01_base_vs_instruct.ipynb #997f247f
+# %% ../nbs/01_base_vs_instruct.ipynb #c6765c37
 def evaluate(
     model, tokenizer,
     items:list, # examples with `kind`, `question`, `answer`
@@ -198,13 +198,18 @@ def interval(
     middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
-# %% ../nbs/01_base_vs_instruct.ipynb #f50c2fbd
+# %% ../nbs/01_base_vs_instruct.ipynb #5639b3cf
 _PANEL = """<div class="sftlab-side-by-side" style="display:flex;flex-wrap:wrap;gap:12px">{}</div>"""
 _ANSWER = """<div style="flex:1 1 220px;border:1px solid #888;border-radius:6px;padding:6px 10px"><div style="font-weight:bold">{}</div>
 <pre style="white-space:pre-wrap;color:inherit;background:none;margin:4px 0">{}</pre><div style="opacity:.75;font-size:85%">{} prompt tokens; {}</div></div>"""
 
-def _answers_html(base, instruct, tokenizer, few_shot, prompt):
-    "Three answers to one prompt, as HTML."
+def answers_html(
+    base, instruct, # a base model, and the same fine-tuned
+    tokenizer, # the base's, with a chat template
+    few_shot:list, # examples for the few-shot prompt
+    prompt:str, # what to ask
+) -> str: # HTML
+    "Three answers to one prompt, side by side."
     from html import escape
     template = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
     start = tokenizer.eos_token # what stood before each document that the base was trained on
@@ -227,7 +232,7 @@ def side_by_side(
     "Three answers to a prompt that you type."
     from ipywidgets import HTML, Button, HBox, Layout, Text, VBox
     text, button = Text(value=prompt, placeholder="Type a prompt", layout=Layout(width="480px")), Button(description="Generate", button_style="primary")
-    output = HTML(_answers_html(base, instruct, tokenizer, few_shot, prompt))
-    def answer(_=None): output.value = _answers_html(base, instruct, tokenizer, few_shot, text.value)
+    output = HTML(answers_html(base, instruct, tokenizer, few_shot, prompt))
+    def answer(_=None): output.value = answers_html(base, instruct, tokenizer, few_shot, text.value)
     button.on_click(answer)
     return VBox([HBox([text, button]), output])
