@@ -75,7 +75,7 @@ def find(
     _on_hub(name)
     return name
 
-# %% ../nbs/reference/models.ipynb #fbfb8ef0
+# %% ../nbs/reference/models.ipynb #fd1b925b
 def load(
     name:str=None, # a preset, a folder or a hub id; by default the preset's own model
     preset:str=None, # a key of `PRESETS`; by default `$SFTLAB_PRESET`, else "tiny"
@@ -94,13 +94,15 @@ def load(
     options = dict(dtype=dtype or pick_dtype(device), device_map=device)
     if settings.four_bit: options["quantization_config"] = _nf4(options["dtype"])
     adapter = Path(where) / "adapter_config.json"
+    bars = logging.is_progress_bar_enabled()
     if where == str(tiny_path()): logging.disable_progress_bar() # it takes milliseconds
     try:
         if adapter.exists(): model = _with_adapter(where, json.loads(adapter.read_text())["base_model_name_or_path"], options)
         else: model = AutoModelForCausalLM.from_pretrained(where, **options)
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as e: raise ModelError(f"{where} cannot be loaded: {str(e).splitlines()[0]}") from e
-    finally: logging.enable_progress_bar()
+    finally:
+        if bars: logging.enable_progress_bar()
     return model.eval(), tokenizer
 
 def _nf4(dtype):
