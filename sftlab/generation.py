@@ -198,8 +198,8 @@ def interval(
     middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
-# %% ../nbs/01_base_vs_instruct.ipynb #5639b3cf
-_PANEL = """<div class="sftlab-side-by-side" style="display:flex;flex-wrap:wrap;gap:12px">{}</div>"""
+# %% ../nbs/01_base_vs_instruct.ipynb #8bf7de83
+_PANEL = """<div style="display:flex;flex-wrap:wrap;gap:12px">{}</div>"""
 _ANSWER = """<div style="flex:1 1 220px;border:1px solid #888;border-radius:6px;padding:6px 10px"><div style="font-weight:bold">{}</div>
 <pre style="white-space:pre-wrap;color:inherit;background:none;margin:4px 0">{}</pre><div style="opacity:.75;font-size:85%">{} prompt tokens; {}</div></div>"""
 
@@ -233,6 +233,7 @@ def side_by_side(
     from ipywidgets import HTML, Button, HBox, Layout, Text, VBox
     text, button = Text(value=prompt, placeholder="Type a prompt", layout=Layout(width="480px")), Button(description="Generate", button_style="primary")
     output = HTML(answers_html(base, instruct, tokenizer, few_shot, prompt))
+    output.add_class("sftlab-side-by-side")
     def answer(_=None): output.value = answers_html(base, instruct, tokenizer, few_shot, text.value)
     button.on_click(answer)
     return VBox([HBox([text, button]), output])
