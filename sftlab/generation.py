@@ -78,6 +78,7 @@ def shape_logits(
         logits = logits.index_fill(0, order[before >= top_p], -math.inf)
     return logits
 
+# %% ../nbs/01_base_vs_instruct.ipynb #sampler
 def sampler(
     temperature:float=1.0, # 0 is greedy
     top_k:int=0, # see `shape_logits`
@@ -158,6 +159,7 @@ def _complete_batch(model, tokenizer, prompts, max_new_tokens, stops):
         mask, positions = torch.cat([mask, torch.ones_like(ids)], 1), positions[:, -1:] + 1
     return [Completion(tokenizer.decode(n[:-1] if d else n), n, "stop" if d else "length") for n, d in zip(new, done.tolist())]
 
+# %% ../nbs/01_base_vs_instruct.ipynb #complete
 def complete(
     model, tokenizer,
     prompts:list, # texts
@@ -222,6 +224,7 @@ def answers_html(
         boxes.append(_ANSWER.format(name, escape(shown.strip()), len(tokenizer(text)["input_ids"]), ended))
     return _PANEL.format("".join(boxes))
 
+# %% ../nbs/01_base_vs_instruct.ipynb #side_by
 def side_by_side(
     base, # a base model
     instruct, # the same, fine-tuned
