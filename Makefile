@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test bench docs readme tiny-model gates clean
+.PHONY: help lab test bench experiments docs readme tiny-model gates clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -20,13 +20,17 @@ test: $(INSTALLED) ## run every notebook, the tests and the browser test (TEST_A
 bench: $(INSTALLED) ## time the course's code (nothing to time yet)
 	@echo "Nothing to time yet: the lessons print how long their own steps take, and make test how long each lesson takes."
 
+NAME ?= all
+experiments: $(INSTALLED) ## run the long experiments whose code has changed (NAME=… for one of them); goes on where it was stopped
+	@$(BIN)/python -c "from sftlab.experiments import main; main('$(NAME)')"
+
 docs: $(INSTALLED) ## build the website in _docs/ (needs Quarto)
 	@$(BIN)/python tools/docs.py
 
 readme: $(INSTALLED) ## make README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
-tiny-model: $(INSTALLED) ## rebuild the tiny model from nothing: text, tokenizer, pretraining, gates (half an hour or so)
+tiny-model: $(INSTALLED) ## rebuild the tiny model from nothing: text, tokenizer, pretraining, gates (an hour or so)
 	@$(BIN)/python -c "from sftlab.pretraining import build, gates; build(); gates()"
 
 gates: $(INSTALLED) ## measure whether the tiny model behaves as the lessons need

@@ -128,7 +128,7 @@ def default_learning_rate(
     method:str, # "full" or "lora"
 ) -> float:
     "A learning rate to start with."
-    return {"full": 1e-3, "lora": 5e-3}[method] if is_tiny(model) else {"full": 2e-5, "lora": 2e-4}[method]
+    return {"full": 3e-4, "lora": 5e-3}[method] if is_tiny(model) else {"full": 2e-5, "lora": 2e-4}[method]
 
 # %% ../nbs/reference/finetune.ipynb #25d5a7bf
 def _config(model, tokenizer, method, epochs, learning_rate, seed, folder, steps): # -> SFTConfig

@@ -10,7 +10,7 @@ import json, os
 from dataclasses import dataclass
 from pathlib import Path
 
-# %% ../nbs/reference/models.ipynb #82d3926f
+# %% ../nbs/reference/models.ipynb #5e8e0046
 class ModelError(RuntimeError):
     "A model that cannot be loaded: says why and what to do."
 
@@ -27,7 +27,7 @@ def tiny_path() -> Path: # the folder of the model that ships with the course
     return Path(sftlab.__file__).parent / "assets" / "tiny"
 
 PRESETS = {
-    "tiny": Preset("tiny", "the course's own 2.4M base model: any CPU, no network"),
+    "tiny": Preset("tiny", "the course's own 3.4M base model: any CPU, no network"),
     "small": Preset("Qwen/Qwen3-0.6B-Base", "a laptop with 8 GB, or any GPU"),
     "t4": Preset("Qwen/Qwen3-4B-Base", "a free Colab T4 (15 GB): weights in NF4, float16", four_bit=True),
     "gpu": Preset("Qwen/Qwen3-8B-Base", "one GPU of 24 GB or more: bfloat16"),

@@ -123,7 +123,7 @@ def test_broken_training_leaves_nothing(tmp_path):
     from transformers import TrainerCallback
     class Poison(TrainerCallback):
         def on_train_end(self, args, state, control, model=None, **_): next(model.parameters()).data[0, 0] = float("nan")
-    with pytest.raises(FinetuneError, match="learning rate below 0.001"):
+    with pytest.raises(FinetuneError, match="learning rate below 0.0003"):
         finetune(*load("tiny"), ROWS[:2], tmp_path / "out", epochs=1, callbacks=[Poison()])
     assert list(tmp_path.iterdir()) == []
 
