@@ -230,5 +230,6 @@ d = { 'settings': { 'branch': 'main',
                                                                             'sftlab/pretraining.py'),
                                     'sftlab.pretraining.tuned_figures': ( 'nbs/reference/tiny_model.html#tuned_figures',
                                                                           'sftlab/pretraining.py'),
+                                    'sftlab.pretraining.unexpected': ('nbs/reference/tiny_model.html#unexpected', 'sftlab/pretraining.py'),
                                     'sftlab.pretraining.write_tokens': ( 'nbs/reference/tiny_model.html#write_tokens',
                                                                          'sftlab/pretraining.py')}}}

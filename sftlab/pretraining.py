@@ -6,7 +6,7 @@
 __all__ = ['SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'TINY', 'STAGES', 'GATES', 'KNOWN_MISSES', 'METHODS', 'train_tokenizer',
            'write_tokens', 'new_model', 'next_token_loss', 'optimizers', 'schedule', 'save_checkpoint',
            'load_checkpoint', 'pretrain', 'save_model', 'build', 'base_figures', 'tuned_figures', 'chat_prompt',
-           'rates', 'checksum', 'missed', 'summed_up', 'gates', 'gates_table', 'model_card']
+           'rates', 'checksum', 'missed', 'unexpected', 'summed_up', 'gates', 'gates_table', 'model_card']
 
 # %% ../nbs/reference/tiny_model.ipynb #e1ed2734
 import hashlib, json, math, os, random, shutil, sys, time
@@ -201,7 +201,7 @@ def build(
         log += [dict(step=before["step"] + e["step"], loss=e["loss"], seconds=round(before["seconds"] + e["seconds"], 1)) for e in told]
     save_model(model, tokenizer, log, folder)
 
-# %% ../nbs/reference/tiny_model.ipynb #01da7eab
+# %% ../nbs/reference/tiny_model.ipynb #facddef2
 GATES = [ # name, the figure, smallest and largest allowed
     ("chat template: exact, %", "chat_exact", 0, 1),
     ("plain question: begins with the answer, %", "plain_begins", 0, 10),
@@ -217,7 +217,7 @@ GATES = [ # name, the figure, smallest and largest allowed
     ("LoRA against full SFT, points", "lora_minus_full", -5, 100),
     ("LoRA on NF4 against full SFT, points", "nf4_minus_full", -5, 100),
 ]
-KNOWN_MISSES = ["full SFT: exact on the easy kinds, %"] # just below: the Chinese words and the countries of the test split are the weak kinds
+KNOWN_MISSES = {"full SFT: exact on the easy kinds, %": 88} # a gate that is narrowly missed -> the least that is still let through
 METHODS = {"full": [0, 1, 2], "lora": [0, 1, 2], "nf4": [0]} # how it is fine-tuned, and with which seeds
 
 def base_figures(
@@ -264,7 +264,7 @@ def rates(rows:list) -> dict: # `exact`, `begins`, `stopped` in %
     "Shares of a list of evaluated items."
     return {key: round(100 * sum(r[key] for r in rows) / len(rows), 1) for key in ("exact", "begins", "stopped")}
 
-# %% ../nbs/reference/tiny_model.ipynb #dd4464de
+# %% ../nbs/reference/tiny_model.ipynb #43bd7eac
 def checksum(folder:Path=TINY) -> str: # SHA-256 of the weights
     "Which weights a figure belongs to."
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
@@ -272,6 +272,11 @@ def checksum(folder:Path=TINY) -> str: # SHA-256 of the weights
 def missed(figures:dict) -> list: # names of the gates that these figures miss
     "Which gates are missed."
     return [name for name, key, low, high in GATES if not low <= figures[key] <= high]
+
+def unexpected(figures:dict) -> list: # names
+    "Which gates are missed that are not known to be, or by more than is known."
+    key_of = {name: key for name, key, *_ in GATES}
+    return [name for name in missed(figures) if name not in KNOWN_MISSES or figures[key_of[name]] < KNOWN_MISSES[name]]
 
 def summed_up(runs:list) -> dict: # the figures of the fine-tuned model that are gates
     "From the runs of `tuned_figures` to means over their seeds."
@@ -293,8 +298,7 @@ def gates(folder:Path=TINY):
     (folder / "gates.json").write_text(json.dumps(figures, indent=1))
     (folder / "README.md").write_text(model_card(folder))
     print(gates_table(figures))
-    unexpected = [name for name in missed(figures) if name not in KNOWN_MISSES]
-    if unexpected: raise SystemExit("missed: " + "; ".join(unexpected))
+    if unexpected(figures): raise SystemExit("missed: " + "; ".join(unexpected(figures)))
 
 def gates_table(figures:dict) -> str: # markdown
     "The gates and what was measured."
