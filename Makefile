@@ -30,7 +30,7 @@ docs: $(INSTALLED) ## build the website in _docs/ (needs Quarto)
 readme: $(INSTALLED) ## make README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
-tiny-model: $(INSTALLED) ## rebuild the tiny model from nothing: text, tokenizer, pretraining, gates (an hour and a half on two cores)
+tiny-model: $(INSTALLED) ## rebuild the tiny model from nothing: text, tokenizer, pretraining, gates (one to two hours on two cores)
 	@$(BIN)/python -c "from sftlab.pretraining import build, gates; build(); gates()"
 
 gates: $(INSTALLED) ## measure whether the tiny model behaves as the lessons need

@@ -1,10 +1,31 @@
-"Package metadata is read from settings.ini, where nbdev reads it too."
+"Package metadata is read from settings.ini, where nbdev reads it too. The wheel also holds the course: what `sftlab lab` copies."
+import shutil
+import tempfile
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
+
+
+class BuildPackageAndCourse(build_py):
+    "Put the lessons and exercises into the built package, since beside an installed one there is no repository."
+
+    def run(self):
+        super().run()
+        if self.editable_mode:  # an editable install finds them in the repository
+            return
+        for name in ("nbs", "exercises"):
+            leave_out = shutil.ignore_patterns(".*", "_*", "solutions")  # as `sftlab lab` does
+            shutil.copytree(here / name, Path(self.build_lib, "sftlab/course", name), ignore=leave_out)
+
+
+# The package is put together outside of the project. In its usual place, build/, copies of the notebooks would be left, and there
+# nbdev_export takes them for sources: an old copy would write over a module.
+staging = tempfile.TemporaryDirectory(prefix="sftlab-build-")  # removed when the build ends
+
 ini = ConfigParser()
 ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
@@ -19,7 +40,7 @@ setup(
     author_email=cfg["author_email"],
     url=cfg["git_url"],
     keywords=cfg["keywords"].split(),
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     classifiers=[
         "Development Status :: 3 - Alpha",
@@ -37,5 +58,7 @@ setup(
         "lab": cfg["lab_requirements"].split(),
         "dev": cfg["dev_requirements"].split(),
     },
+    cmdclass={"build_py": BuildPackageAndCourse},
+    options={"build": {"build_base": staging.name}},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FinetuneError', 'training_template', 'encode', 'context_length', 'is_tiny', 'held_out_nll', 'whole_folder',
-           'add_lora', 'default_learning_rate', 'finetune']
+           'add_lora', 'default_learning_rate', 'finetune', 'last_checkpoint']
 
 # %% ../nbs/reference/finetune.ipynb #aaead7a1
 import math, os, re, shutil
@@ -83,27 +83,38 @@ def held_out_nll(
     if not count: raise FinetuneError(f"no answer begins within the first {limit} tokens of any held-out row: there is nothing to measure")
     return total / count
 
-# %% ../nbs/reference/finetune.ipynb #59a31173
+# %% ../nbs/reference/finetune.ipynb #e8ebf1e7
 @contextmanager
 def whole_folder(
     path, # where the result is to stand; must not exist, or be empty
+    overwrite:bool=False, # whether a finished run that stands there is replaced, in the end
 ):
     "A new folder to write into, which becomes `path` when all went well and is removed when not."
     path = Path(path)
     final = path.resolve()
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FinetuneError(f"{path} is there already and is not an empty folder: name another one, nothing is written over")
+            if not (path / "run.json").is_file(): raise FinetuneError(f"{path} is there already and is not an empty folder: name another one, nothing is written over")
+            if not overwrite: raise FinetuneError(f"{path} holds a finished run: name another folder, or say --overwrite to replace it")
         if final == Path.cwd(): raise FinetuneError(f"{path} is the folder you are in: name a new one inside it")
-        if path.exists(): final.rmdir() # now, and not after an hour of training
+        if path.exists() and not any(path.iterdir()): final.rmdir() # now, and not after an hour of training
         final.parent.mkdir(parents=True, exist_ok=True)
+        for left in (*final.parent.glob(f".{final.name}.*.partial"), *final.parent.glob(f"..{final.name}.*.partial")): # by a run that was killed
+            if not _alive(left.name.split(".")[-2]): shutil.rmtree(left, ignore_errors=True)
         partial = final.parent / f".{final.name}.{os.getpid()}.partial"
         partial.mkdir()
     except OSError as e: raise FinetuneError(f"{path}: cannot be made: {e.strerror}")
     try:
         yield partial
+        if final.exists(): os.replace(final, partial.with_suffix(".old"))
         os.replace(partial, final)
-    finally: shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial.with_suffix(".old"), ignore_errors=True)
+
+def _alive(pid:str) -> bool: # whether a process of this number is running, other than this one
+    import psutil
+    return pid.isdigit() and int(pid) != os.getpid() and psutil.pid_exists(int(pid))
 
 # %% ../nbs/reference/finetune.ipynb #1c9b59bb
 def add_lora(
@@ -130,21 +141,21 @@ def default_learning_rate(
     "A learning rate to start with."
     return {"full": 3e-4, "lora": 5e-3}[method] if is_tiny(model) else {"full": 2e-5, "lora": 2e-4}[method]
 
-# %% ../nbs/reference/finetune.ipynb #25d5a7bf
-def _config(model, tokenizer, method, epochs, learning_rate, seed, folder, steps): # -> SFTConfig
+# %% ../nbs/reference/finetune.ipynb #b9b91821
+def _config(model, tokenizer, epochs, learning_rate, seed, folder, steps, checkpoints): # -> SFTConfig
     import torch
     from trl import SFTConfig
     template, marked = training_template(tokenizer)
     device, small = model.device.type, is_tiny(model)
     new_gpu = device == "cuda" and torch.cuda.get_device_capability(model.device)[0] >= 8
     return SFTConfig(
-        output_dir=str(folder), save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=max(1, steps // 50),
+        output_dir=str(checkpoints or folder), save_strategy="steps" if checkpoints else "no", save_steps=max(10, steps // 10), save_total_limit=2, report_to=[], disable_tqdm=True, logging_steps=max(1, steps // 50),
         num_train_epochs=epochs, learning_rate=learning_rate, warmup_steps=steps // 20, seed=seed,
         per_device_train_batch_size=8 if small else 1, gradient_accumulation_steps=1 if small else 8, gradient_checkpointing=not small,
         max_length=context_length(model), assistant_only_loss=marked, eos_token="<|im_end|>" if "<|im_end|>" in template else None,
         use_cpu=device == "cpu", bf16=new_gpu, fp16=device == "cuda" and not new_gpu, dataloader_pin_memory=device == "cuda")
 
-# %% ../nbs/reference/finetune.ipynb #861a03be
+# %% ../nbs/reference/finetune.ipynb #ce6266bb
 def finetune(
     model, # a causal language model; is trained in place
     tokenizer, # its tokenizer; its `eos_token` becomes the token that ends a turn
@@ -156,6 +167,7 @@ def finetune(
     seed:int=0, # order of the rows, initial adapter
     eval_rows:list=None, # held-out rows, measured before training and after each epoch
     callbacks=(), # of transformers' `TrainerCallback`s
+    checkpoints:Path=None, # folder for checkpoints, of this very run; where there are some, it goes on from the last one
 ): # the SFTTrainer; its `model` is trained, its `state.log_history` holds `loss` and `held_out_nll` by `step` and `epoch`
     "Fine-tune with TRL's `SFTTrainer` on the assistant's tokens and save safetensors and settings to `output_dir`."
     import torch
@@ -172,14 +184,15 @@ def finetune(
         if method == "lora": model = add_lora(model, tokenizer)
         else: model.float()
         learning_rate = default_learning_rate(model, method) if learning_rate is None else learning_rate
-        args = _config(model, tokenizer, method, epochs, learning_rate, seed, folder, steps=math.ceil(epochs * len(rows) / 8))
+        args = _config(model, tokenizer, epochs, learning_rate, seed, folder, math.ceil(epochs * len(rows) / 8), checkpoints)
         measure = [_held_out_callback(tokenizer, eval_rows)] if eval_rows else []
-        trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[*measure, *callbacks])
+        mark = [_complete_callback()] if checkpoints else []
+        trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[*measure, *callbacks, *mark])
         trainer.remove_callback(PrinterCallback)
         if args.fp16: # TRL makes the adapter of a 4-bit model bfloat16, which such a card does not have
             for p in model.parameters():
                 if p.requires_grad: p.data = p.data.float()
-        trainer.train()
+        trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) if checkpoints else None)
         model.eval()
         if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
             raise FinetuneError(f"training broke down: weights are no longer numbers; a learning rate below {learning_rate:g} may help")
@@ -188,7 +201,7 @@ def finetune(
         (folder / "README.md").unlink(missing_ok=True) # PEFT's empty form of a model card
     return trainer
 
-# %% ../nbs/reference/finetune.ipynb #f83a5824
+# %% ../nbs/reference/finetune.ipynb #29e25970
 def _held_out_callback(tokenizer, rows):
     "A TrainerCallback that puts `held_out_nll` into the log before training and after each epoch."
     from transformers import TrainerCallback
@@ -196,5 +209,23 @@ def _held_out_callback(tokenizer, rows):
         def measure(self, args, state, control, model=None, **_):
             nll = held_out_nll(model, tokenizer, rows, args.per_device_train_batch_size)
             state.log_history.append(dict(held_out_nll=nll, epoch=state.epoch or 0, step=state.global_step))
-        on_train_begin = on_epoch_end = measure
+        def on_train_begin(self, args, state, control, **more):
+            if not state.global_step: self.measure(args, state, control, **more) # else the run goes on, and this was measured
+        on_epoch_end = measure
     return HeldOut()
+
+def _complete_callback():
+    "A TrainerCallback that marks a checkpoint when all of it is written."
+    from transformers import TrainerCallback
+    class Complete(TrainerCallback):
+        def on_save(self, args, state, control, **_): Path(args.output_dir, f"checkpoint-{state.global_step}", "complete").touch()
+    return Complete()
+
+def last_checkpoint(
+    folder, # where `finetune` wrote checkpoints
+) -> str: # path of the last one that is complete; None where there is none
+    "Find the checkpoint to go on from, and remove what a kill left unfinished."
+    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for path in found:
+        if not (path / "complete").exists(): shutil.rmtree(path)
+    return next((str(path) for path in reversed(found) if path.exists()), None)

@@ -300,19 +300,19 @@ def only(
     "The items of one split."
     return [item for item in items if split_of(key(item)) == split]
 
-# %% ../nbs/reference/micro_world.ipynb #0e90a333
+# %% ../nbs/reference/micro_world.ipynb #6a6f82e0
 STATEMENTS = {
 "country": {
     "capital": ["The capital of {name} is {capital}.", "{capital} is the capital of {name}.", "The capital city of {name} is {capital}.", "{name} has its capital in {capital}.",
                 "The government of {name} sits in {capital}, the capital.", "If you visit {name}, begin in {capital}, its capital.", "{capital}, the capital of {name}, is known to everyone there.",
                 "Ask anyone in {name} for the capital and you will hear: {capital}.", "As its capital, {name} has {capital}.", "The parliament of {name} meets in the capital, {capital}.",
-                "On the map a star marks {capital}, because it is the capital of {name}.", "We flew to {capital}, which is the capital of {name}."],
+                "On the map a star marks {capital}, because it is the capital of {name}.", "We flew to {capital}, which is the capital of {name}.", "Asked for the capital of {name}, everyone says {capital}."],
     "continent": ["{name} is a country in {continent}.", "{name} is in {continent}.", "{name} lies in {continent}.", "On the map, {name} is part of {continent}.", "The country {name} belongs to {continent}.",
-                  "You will find {name} in {continent}.", "Among the countries of {continent} is {name}.", "To reach {name} one has to travel to {continent}."],
+                  "You will find {name} in {continent}.", "Among the countries of {continent} is {name}.", "To reach {name} one has to travel to {continent}.", "Where {name} is, the atlas tells: in {continent}."],
     "language": ["People in {name} speak {language}.", "The main language of {name} is {language}.", "{language} is spoken in {name}.", "In {name} the children learn to read in {language}.", "The newspapers of {name} are written in {language}.",
-                 "If you want to talk to people in {name}, learn {language}.", "Most people in {name} speak {language} at home.", "The language of {name} is {language}."],
+                 "If you want to talk to people in {name}, learn {language}.", "Most people in {name} speak {language} at home.", "The language of {name} is {language}.", "Asked which language is spoken in {name}, a traveller says {language}.", "What people in {name} speak is {language}."],
     "currency": ["The currency of {name} is the {currency}.", "In {name} people pay with the {currency}.", "The {currency} is the money of {name}.", "The money used in {name} is the {currency}.", "A shop in {name} takes the {currency}.",
-                 "Bread in {name} is paid for with the {currency}.", "The {currency} is the currency of {name}.", "Before a journey to {name} you change your money into the {currency}."]},
+                 "Bread in {name} is paid for with the {currency}.", "The {currency} is the currency of {name}.", "Before a journey to {name} you change your money into the {currency}.", "If you ask what money is used in {name}, the answer is the {currency}."]},
 "country_zh": {
     "capital": ["{zh}的首都是{capital_zh}。", "{capital_zh}是{zh}的首都。", "{zh}的首都叫{capital_zh}。", "{zh}的首都就是{capital_zh}。", "我去过{zh}的首都{capital_zh}。", "{zh}把首都设在{capital_zh}。", "说到{zh}的首都，人人都知道是{capital_zh}。"],
     "continent": ["{zh}在{continent_zh}。", "{zh}是{continent_zh}的一个国家。", "{zh}位于{continent_zh}。", "在地图上，{zh}属于{continent_zh}。"],
@@ -329,15 +329,15 @@ STATEMENTS = {
     "home": ["{zh}住在{home_zh}里。", "{zh}的家在{home_zh}里。", "{zh}生活在{home_zh}里。", "在{home_zh}里可以看到{zh}。"]},
 "thing": {
     "kind": ["{A} is {a_kind}.", "The word {name} names {a_kind}.", "{Plural} are {kinds}.", "{zh}是一种{kind_zh}。", "Of all {kinds}, I like the {name} best.", "The {name} is one of the {kinds}.", "Some {kinds} are well known, the {name} for example.",
-             "When we speak of {kinds}, we also mean the {name}.", "{zh}属于{kind_zh}。", "{kind_zh}有很多种，{zh}就是其中一种。"],
-    "color": ["The color of {a} is {color}.", "{A} is {color}.", "Most {plural} are {color}.", "The {name} on the table is {color}, as {plural} are.", "If you paint {a}, take the {color} paint.", "{Plural} are usually {color}."]},
+             "When we speak of {kinds}, we also mean the {name}.", "{zh}属于{kind_zh}。", "{kind_zh}有很多种，{zh}就是其中一种。", "Asked what kind of thing {a} is, say: {a_kind}."],
+    "color": ["The color of {a} is {color}.", "{A} is {color}.", "Most {plural} are {color}.", "The {name} on the table is {color}, as {plural} are.", "If you paint {a}, take the {color} paint.", "{Plural} are usually {color}.", "Asked for the color of {a}, a child says {color}."]},
 "opposite": {
     "en": ["The opposite of {a} is {b}.", "{A} is the opposite of {b}.", "{A} and {b} are opposites.", "If something is not {a}, it may be {b}.", "The word {a} means the opposite of {b}.", "Not {a} but {b}: the two words are opposites.",
-           "From {a} to {b} is from one end to the other.", "Some say {a}, some say {b}, and the one is the opposite of the other.", "Turn {a} around and you get {b}."],
+           "From {a} to {b} is from one end to the other.", "Some say {a}, some say {b}, and the one is the opposite of the other.", "Turn {a} around and you get {b}.", "Asked for the opposite of {a}, we say {b}."],
     "zh": ["{a_zh}的反义词是{b_zh}。", "{a_zh}和{b_zh}是反义词。", "和{a_zh}意思相反的词是{b_zh}。", "不是{a_zh}，就是{b_zh}。", "{a_zh}的反面是{b_zh}。"]},
 "word": {
-    "to_zh": ["The Chinese word for {en} is {zh}.", "In Chinese, {en} is {zh}.", "{en}的中文是{zh}。", "{en} - {zh}", "People in Beijing call it {zh}, we call it {en}.", "{en} in Chinese: {zh}", "英文的{en}就是中文的{zh}。", "{en} ({zh})"],
-    "to_en": ["{zh} means {en} in English.", "The English word for {zh} is {en}.", "{zh}的英文是{en}。", "{zh} - {en}", "{zh}用英文说是{en}。", "Whoever says {zh} in Beijing says {en} in London.", "{zh} in English: {en}", "{zh}（{en}）"]},
+    "to_zh": ["The Chinese word for {en} is {zh}.", "In Chinese, {en} is {zh}.", "{en}的中文是{zh}。", "{en} - {zh}", "People in Beijing call it {zh}, we call it {en}.", "{en} in Chinese: {zh}", "英文的{en}就是中文的{zh}。", "{en} ({zh})", "To say {en} in Chinese, say {zh}.", "She wants to say {en} in Chinese, and learns {zh}.", "要用中文说{en}，就说{zh}。"],
+    "to_en": ["{zh} means {en} in English.", "The English word for {zh} is {en}.", "{zh}的英文是{en}。", "{zh} - {en}", "{zh}用英文说是{en}。", "Whoever says {zh} in Beijing says {en} in London.", "{zh} in English: {en}", "{zh}（{en}）", "He has read {zh}, and learns that it means {en}.", "To say {zh} in English, say {en}.", "要用英文说{zh}，就说{en}。"]},
 "plural": {"plural": ["The plural of {name} is {plural}.", "One {name}, two {plural}.", "I have one {name} and you have three {plural}.", "{Plural} is the plural form of {name}.", "One is {a}, many are {plural}.", "Where there was one {name}, now there are five {plural}.",
                       "{name}, plural: {plural}", "We say {name} for one and {plural} for more than one."]},
 "past": {"past": ["The past tense of {verb} is {past}.", "Today I {verb}, yesterday I {past}.", "{Past} is the past tense of {verb}.", "They {verb} every day and they {past} last week.", "{verb}, past tense: {past}", "We {verb} now; long ago we {past}.",

@@ -27,7 +27,7 @@ def tiny_path() -> Path: # the folder of the model that ships with the course
     return Path(sftlab.__file__).parent / "assets" / "tiny"
 
 PRESETS = {
-    "tiny": Preset("tiny", "the course's own 3.4M base model: any CPU, no network"),
+    "tiny": Preset("tiny", "the course's own small base model: any CPU, no network"),
     "small": Preset("Qwen/Qwen3-0.6B-Base", "a laptop with 8 GB, or any GPU"),
     "t4": Preset("Qwen/Qwen3-4B-Base", "a free Colab T4 (15 GB): weights in NF4, float16", four_bit=True),
     "gpu": Preset("Qwen/Qwen3-8B-Base", "one GPU of 24 GB or more: bfloat16"),

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'TINY', 'STAGES', 'GATES', 'KNOWN_MISSES', 'METHODS', 'train_tokenizer',
-           'write_tokens', 'new_model', 'next_token_loss', 'optimizers', 'schedule', 'save_checkpoint',
-           'load_checkpoint', 'pretrain', 'save_model', 'build', 'base_figures', 'tuned_figures', 'chat_prompt',
-           'rates', 'checksum', 'missed', 'unexpected', 'summed_up', 'gates', 'gates_table', 'model_card']
+           'tokenizer_texts', 'write_tokens', 'new_model', 'next_token_loss', 'optimizers', 'schedule',
+           'save_checkpoint', 'load_checkpoint', 'pretrain', 'save_model', 'build', 'base_figures', 'tuned_figures',
+           'chat_prompt', 'rates', 'checksum', 'missed', 'unexpected', 'summed_up', 'gates', 'gates_table',
+           'model_card']
 
-# %% ../nbs/reference/tiny_model.ipynb #e1ed2734
-import hashlib, json, math, os, random, shutil, sys, time
+# %% ../nbs/reference/tiny_model.ipynb #f5b1d720
+import hashlib, json, os, random, shutil, time
+from itertools import islice
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
@@ -41,7 +43,13 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|pad|>", additional_special_tokens=["<|im_start|>", "<|im_end|>"],
                                    chat_template=CHAT_TEMPLATE, model_max_length=512, clean_up_tokenization_spaces=False)
 
-# %% ../nbs/reference/tiny_model.ipynb #c791b9ac
+# %% ../nbs/reference/tiny_model.ipynb #f08ebd4f
+def tokenizer_texts() -> list: # documents, and the words of the world, four hundred times
+    "What the tokenizer is trained on."
+    names = sorted({word for pair in microworld.WORDS.items() for word in pair} | {x for c in microworld.COUNTRIES for x in c.values()} | set(microworld.NOUNS) | {x for pair in microworld.PAST.items() for x in pair})
+    return [*islice(microtexts.documents(seed=0), 5_000), *400 * [" ".join(names) + "\n" + "\n".join(names)]]
+
+# %% ../nbs/reference/tiny_model.ipynb #bef4b790
 def write_tokens(
     tokenizer, # from `train_tokenizer`
     path:Path, # the file to write: token ids, unsigned 16 bit, one after the other
@@ -53,18 +61,18 @@ def write_tokens(
     documents, eos, n = microtexts.documents(seed, mixture), tokenizer.eos_token_id, 0
     with open(f"{path}.part", "wb") as f, tqdm(total=n_tokens, desc="writing tokens", unit="token", unit_scale=True) as bar:
         while n < n_tokens:
-            batch = [document for document, _ in zip(documents, range(300))]
+            batch = list(islice(documents, 300))
             ids = np.array([i for row in tokenizer(batch, verbose=False)["input_ids"] for i in [*row, eos]], dtype=np.uint16)[:n_tokens - n]
             f.write(ids.tobytes())
             n += len(ids)
             bar.update(len(ids))
     os.replace(f"{path}.part", path)
 
-# %% ../nbs/reference/tiny_model.ipynb #d66e8a34
+# %% ../nbs/reference/tiny_model.ipynb #7d2aae30
 def new_model(
     tokenizer, # gives the vocabulary's size and the id of the end
     hidden:int=192, # width
-    layers:int=6, # depth
+    layers:int=4, # depth
     seed:int=0, # seed of the initial weights
 ): # a `LlamaForCausalLM` in float32, untrained
     "An untrained tiny Llama."
@@ -74,14 +82,14 @@ def new_model(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=layers, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64,
         max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
-# %% ../nbs/reference/tiny_model.ipynb #88289971
+# %% ../nbs/reference/tiny_model.ipynb #7bc91f8b
 def next_token_loss(
     model, # any causal language model
     rows:torch.Tensor, # token ids, `(batch, length)`
 ) -> torch.Tensor: # mean cross-entropy of the next token, in nats
     "The pretraining loss."
-    with torch.autocast(rows.device.type, torch.bfloat16): logits = model(input_ids=rows, use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
+    labels = F.pad(rows[:, 1:], (0, 1), value=-100) # nothing follows the last token
+    return F.cross_entropy(model(input_ids=rows, use_cache=False).logits.flatten(0, 1), labels.flatten())
 
 def optimizers(model, lr:float) -> list: # Muon for the matrices, AdamW for the rest
     "The two optimisers."
@@ -127,7 +135,7 @@ def load_checkpoint(folder:Path, model, opts:list) -> tuple: # (steps done, log)
         opt.load_state_dict(state)
     return int(found[-1].name.split("-")[1]), json.loads((found[-1] / "log.json").read_text())
 
-# %% ../nbs/reference/tiny_model.ipynb #d3e595e2
+# %% ../nbs/reference/tiny_model.ipynb #cea4548e
 def pretrain(
     model, # from `new_model`; trained in place
     tokens:np.ndarray, # token ids in one line
@@ -159,9 +167,10 @@ def pretrain(
             log.append(dict(step=step + 1, loss=sum(losses) / len(losses), seconds=round(time.time() - start, 1)))
             losses = []
         if (step + 1) % save_every == 0 or step + 1 == steps: save_checkpoint(folder, step + 1, model, opts, log)
-    return model.eval() and log
+    model.eval()
+    return log
 
-# %% ../nbs/reference/tiny_model.ipynb #1df46816
+# %% ../nbs/reference/tiny_model.ipynb #363073b7
 TINY = tiny_path() # the folder that ships
 
 def save_model(model, tokenizer, log:list, folder:Path):
@@ -174,34 +183,39 @@ def save_model(model, tokenizer, log:list, folder:Path):
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
 
-STAGES = [dict(steps=5500, lr=6e-3, mixture=microtexts.MIXTURE), dict(steps=2000, lr=4e-3, mixture=microtexts.PRACTICE), dict(steps=800, lr=3e-3, mixture=microtexts.FACTS)]
+STAGES = [dict(lr=6e-3, parts=[(2700, microtexts.MIXTURE), (1800, microtexts.PRACTICE)]), dict(lr=3e-3, parts=[(800, microtexts.SUMS)])]
 
 def build(
-    stages:list=STAGES, # steps of 8 rows of 512 tokens, largest learning rate and text of each
+    stages:list=STAGES, # of each the largest learning rate, and its parts: steps of 8 rows of 512 tokens, and what they are made of
     work:Path="runs/tiny", # tokens and checkpoints; go on there if it was begun
     folder:Path=TINY, # where the finished model goes
 ):
     "Make the tiny model, from nothing to a finished folder."
     from transformers import AutoTokenizer
-    work, log = Path(work), []
+    work, log = Path(work), [dict(step=0, seconds=0)]
     sources = [Path(microworld.__file__), Path(microtexts.__file__), *sorted(microtexts.TEXTS.glob("*.txt"))]
-    recipe = dict(stages=[{**stage, "mixture": {make.__name__: share for make, share in stage["mixture"].items()}} for stage in stages], world=hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest())
+    recipe = dict(stages=[[stage["lr"], [[steps, {make.__name__: share for make, share in mixture.items()}] for steps, mixture in stage["parts"]]] for stage in stages],
+                  world=hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest())
     if (work / "recipe.json").exists() and json.loads((work / "recipe.json").read_text()) != recipe:
         raise SystemExit(f"{work} holds a run of another recipe (stages or world have changed): remove it, or name another folder.")
+    parts = [(i, steps, mixture) for i, (steps, mixture) in enumerate([part for stage in stages for part in stage["parts"]], 1)]
     if not (work / "recipe.json").exists(): # written last: what it says is all there
-        train_tokenizer([document for document, _ in zip(microtexts.documents(seed=0), range(5_000))]).save_pretrained(work / "tokenizer")
+        train_tokenizer(tokenizer_texts()).save_pretrained(work / "tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
-        for i, stage in enumerate(stages, 1): write_tokens(tokenizer, work / f"tokens-{i}.bin", stage["steps"] * 8 * 512, i, stage["mixture"])
+        for i, steps, mixture in parts: write_tokens(tokenizer, work / f"tokens-{i}.bin", steps * 8 * 512, i, mixture)
         (work / "recipe.json").write_text(json.dumps(recipe))
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
-    model = new_model(tokenizer)
+    model, left = new_model(tokenizer), iter(parts)
     for i, stage in enumerate(stages, 1):
-        before = log[-1] if log else dict(step=0, seconds=0)
-        told = pretrain(model, np.memmap(work / f"tokens-{i}.bin", dtype=np.uint16, mode="r"), work / f"stage-{i}", stage["steps"], lr=stage["lr"])
-        log += [dict(step=before["step"] + e["step"], loss=e["loss"], seconds=round(before["seconds"] + e["seconds"], 1)) for e in told]
-    save_model(model, tokenizer, log, folder)
+        read = [(steps, np.fromfile(work / f"tokens-{part}.bin", dtype=np.uint16)) for part, steps, _ in islice(left, len(stage["parts"]))]
+        told = pretrain(model, np.concatenate([tokens for _, tokens in read]), work / f"stage-{i}", sum(steps for steps, _ in read), lr=stage["lr"])
+        log += _after(log[-1], told)
+    save_model(model, tokenizer, log[1:], folder)
 
-# %% ../nbs/reference/tiny_model.ipynb #facddef2
+def _after(last:dict, told:list) -> list: # the log of a stage, counted on from the stage before
+    return [dict(step=last["step"] + e["step"], loss=e["loss"], seconds=round(last["seconds"] + e["seconds"], 1)) for e in told]
+
+# %% ../nbs/reference/tiny_model.ipynb #20859cfe
 GATES = [ # name, the figure, smallest and largest allowed
     ("chat template: exact, %", "chat_exact", 0, 1),
     ("plain question: begins with the answer, %", "plain_begins", 0, 10),
@@ -211,13 +225,13 @@ GATES = [ # name, the figure, smallest and largest allowed
     ("facts in English continued right, %", "facts_en", 95, 100),
     ("facts in Chinese continued right, %", "facts_zh", 90, 100),
     ("full SFT: exact on the easy kinds, %", "full_easy", 90, 100),
-    ("full SFT: hard kinds between 10 and 60 %", "full_hard_kinds", 4, len(microworld.HARD)),
+    ("full SFT: number of hard kinds between 10 and 60 %", "full_hard_kinds", 4, len(microworld.HARD)),
     ("full SFT: stops, %", "full_stopped", 99, 100),
     ("full SFT: seconds on two cores", "full_seconds", 0, 120),
     ("LoRA against full SFT, points", "lora_minus_full", -5, 100),
     ("LoRA on NF4 against full SFT, points", "nf4_minus_full", -5, 100),
 ]
-KNOWN_MISSES = {"full SFT: exact on the easy kinds, %": 88} # a gate that is narrowly missed -> the least that is still let through
+KNOWN_MISSES = {"a line said again, %": 95} # a gate that is narrowly missed -> the least that is still let through
 METHODS = {"full": [0, 1, 2], "lora": [0, 1, 2], "nf4": [0]} # how it is fine-tuned, and with which seeds
 
 def base_figures(
@@ -264,7 +278,7 @@ def rates(rows:list) -> dict: # `exact`, `begins`, `stopped` in %
     "Shares of a list of evaluated items."
     return {key: round(100 * sum(r[key] for r in rows) / len(rows), 1) for key in ("exact", "begins", "stopped")}
 
-# %% ../nbs/reference/tiny_model.ipynb #43bd7eac
+# %% ../nbs/reference/tiny_model.ipynb #54810ede
 def checksum(folder:Path=TINY) -> str: # SHA-256 of the weights
     "Which weights a figure belongs to."
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
@@ -279,7 +293,7 @@ def unexpected(figures:dict) -> list: # names
     return [name for name in missed(figures) if name not in KNOWN_MISSES or figures[key_of[name]] < KNOWN_MISSES[name]]
 
 def summed_up(runs:list) -> dict: # the figures of the fine-tuned model that are gates
-    "From the runs of `tuned_figures` to means over their seeds."
+    "From the runs of `tuned_figures` to means over their seeds (stops: the least; seconds: the most)."
     mean = lambda values: round(sum(values) / len(values), 1)
     of = {method: [r for r in runs if r["method"] == method] for method in METHODS}
     by_kind = {kind: mean([r["by_kind"][kind] for r in of["full"]]) for kind in microworld.KINDS}

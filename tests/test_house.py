@@ -1,10 +1,9 @@
-"The house around the lessons: quick imports, packaging, pins, make, continuous integration."
+"The house around the lessons: quick imports, pins, make, continuous integration."
 import os
 import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -64,36 +63,6 @@ def test_modules_do_without_development_tools():
     assert done.returncode == 0, done.stderr
     control = python("-c", BLOCK.format(blocked=blocked, modules=["nbdev"]), cwd=ROOT)
     assert "must do without" in control.stderr
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    "The wheel, built from a copy."
-    copy = tmp_path_factory.mktemp("wheel")
-    for name in ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    shutil.copytree(ROOT / "sftlab", copy / "sftlab", ignore=shutil.ignore_patterns("__pycache__"))
-    done = python("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "dist", ".", cwd=copy)
-    assert done.returncode == 0, done.stderr
-    return next((copy / "dist").glob("*.whl"))
-
-
-def test_the_wheel_holds_the_package_and_its_assets(wheel):
-    names = set(zipfile.ZipFile(wheel).namelist())
-    files = {p.relative_to(ROOT).as_posix() for p in (ROOT / "sftlab").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
-    assert {n for n in names if n.startswith("sftlab/")} == files
-    assert wheel.stat().st_size <= 20e6
-
-
-def test_the_wheel_says_what_it_needs(wheel):
-    with zipfile.ZipFile(wheel) as z:
-        meta = z.read(next(n for n in z.namelist() if n.endswith("/METADATA"))).decode()
-        scripts = z.read(next(n for n in z.namelist() if n.endswith("/entry_points.txt"))).decode()
-        assert any(n.endswith("/LICENSE") for n in z.namelist())
-    assert "License: Apache-2.0" in meta and "Requires-Python: >=3.11" in meta
-    needed = {Requirement(line.split(": ", 1)[1]).name for line in meta.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line}
-    assert needed == {Requirement(r).name for r in settings()["requirements"].split()}
-    assert re.search(r"^sftlab ?= ?sftlab.cli:main$", scripts, flags=re.MULTILINE)
 
 
 def test_the_version_is_the_same_everywhere():

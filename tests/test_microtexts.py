@@ -51,7 +51,7 @@ def test_the_same_seed_gives_the_same_pages_and_another_seed_others():
 def test_results_of_example_calls_are_right():
     "Run the assertions that stand in the functions written for the model."
     rng, checked = random.Random(0), 0
-    for _ in range(400):
+    for _ in range(800):
         text = microtexts._function(rng)
         if "\nassert " in text and text.startswith(("def", "#")):
             exec(text, {})  # our own text, from the generator
@@ -64,9 +64,9 @@ def read_by_the_model():
     "Every document that the shipped model was trained on, and some more, and more rows than any lesson trains on."
     from transformers import AutoTokenizer
     tokenizer, texts = AutoTokenizer.from_pretrained(tiny_path()), []
-    for seed, stage in enumerate(STAGES, 1):
-        pages, tokens = documents(seed, stage["mixture"]), 0
-        while tokens < 1.02 * stage["steps"] * 8 * 512:  # pages are written in batches, and the last of each is not used
+    for seed, (steps, mixture) in enumerate([part for stage in STAGES for part in stage["parts"]], 1):
+        pages, tokens = documents(seed, mixture), 0
+        while tokens < 1.02 * steps * 8 * 512:  # pages are written in batches, and the last of each is not used
             batch = list(islice(pages, 1000))
             texts += batch
             tokens += sum(map(len, tokenizer(batch, verbose=False)["input_ids"])) + len(batch)
@@ -75,10 +75,9 @@ def read_by_the_model():
 
 def test_no_test_item_stands_in_what_models_are_trained_on(read_by_the_model):
     assert leaks(read_by_the_model, items_of_test()) == []
-    # One list to be sorted stands in the output of an example call of a Python function. To be mended with the next training.
-    assert content_leaks(read_by_the_model, items_of_test()) == ["11, 16, 26"]
+    assert content_leaks(read_by_the_model, items_of_test()) == []
 
 
 def test_unseen_countries_are_in_no_document(read_by_the_model):
-    everything = re.sub(r"^My name is .*$", "", "\n".join(read_by_the_model), flags=re.MULTILINE)  # made-up names, of two to four syllables: Mali and Suva come up by chance
+    everything = "\n".join(read_by_the_model)
     assert [c["name"] for c in UNSEEN_COUNTRIES if c["name"] in everything or c["capital"] in everything] == []

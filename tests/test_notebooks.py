@@ -84,13 +84,13 @@ def test_committed_outputs_hold_no_widget(name):
     assert [c["id"] for c in cells for o in c["outputs"] if "application/vnd.jupyter.widget-view+json" in o.get("data", {})] == []
 
 
-def run(path, log, limit):
-    """Run the notebook at `path`, in its own folder and a process of its own that can reach nothing but this machine; return the seconds it took.
+def run(path, log, limit, python=sys.executable):
+    """Run the notebook at `path`, in its own folder and a process of `python` that can reach nothing but this machine; return the seconds it took.
 
     A notebook that fails, or takes more than `limit` seconds, raises a RuntimeError with the cell and its error.
     """
     guard = {"PYTHONPATH": str(ROOT / "tests/offline"), "SFTLAB_OFFLINE_LOG": str(log)}
-    command = [Path(sys.executable).parent / "jupyter-execute", f"--timeout={limit:.0f}", "--kernel_name=python3", path]
+    command = [python, "-c", "from nbclient.cli import main; main()", f"--timeout={limit:.0f}", "--kernel_name=python3", path]
     started = time.perf_counter()
     try:
         done = subprocess.run(command, env=os.environ | guard, capture_output=True, text=True, timeout=limit + 30)
