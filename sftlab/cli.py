@@ -18,7 +18,7 @@ from .data import FORMATS, DataError, kept_rows, rejected_path, scan, split_rows
 from .finetune import FinetuneError, context_length, default_learning_rate, encode, finetune, is_tiny, whole_folder
 from .models import ModelError, load, pick_device, pick_dtype
 
-# %% ../nbs/reference/cli.ipynb #901d8ab9
+# %% ../nbs/reference/cli.ipynb #2f602888
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help="Supervised fine-tuning of language models, on a laptop.")
 UsageError = typer.BadParameter.__base__ # typer's own copy of click, or click itself in older versions
@@ -36,7 +36,8 @@ def main(
     for stream in (sys.stdin, sys.stdout): # a terminal or pipe that is not UTF-8 loses characters, not the program
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     try:
-        status = app(args, prog_name="sftlab", standalone_mode=False) or 0
+        args = sys.argv[1:] if args is None else args
+        status = app(args, prog_name="sftlab", standalone_mode=False, obj=args) or 0
         return _fail("stopped", 130) if status == 130 else status # what typer makes of Ctrl-C; older versions abort
     except UsageError as e:
         path = e.ctx.command_path if e.ctx else "sftlab"
@@ -73,14 +74,13 @@ def _say(
     text:str, # what is to be told
 ): print(f"{what:<9}{text}", flush=True)
 
-# %% ../nbs/reference/cli.ipynb #3a549a35
+# %% ../nbs/reference/cli.ipynb #0ee64e4c
 data_app = typer.Typer(rich_markup_mode=None, help="Look at a file of conversations, convert it, split it.")
 app.add_typer(data_app, name="data")
 Format = Enum("Format", {name: name for name in FORMATS}, type=str)
 OnError = Enum("OnError", {"raise": "raise", "quarantine": "quarantine"}, type=str)
 _FILE = Annotated[str, typer.Argument(metavar="FILE", help="Alpaca, ShareGPT, prompt/completion or messages rows, as JSON, JSONL, CSV or Parquet, also packed with gzip; or the name of a data set on the Hugging Face hub.")]
 _ON_ERROR = Annotated[OnError, typer.Option(help="raise: refuse a file with a bad row. quarantine: put bad rows into FILE.rejected.jsonl, and go on.")]
-_SEED = Annotated[int, typer.Option(metavar="N", help="The same seed, the same split.", min=0, max=2**32 - 1)]
 
 def _counted(rows): # with a bar where there is a terminal
     from tqdm import tqdm
@@ -126,7 +126,7 @@ def split(
     output:Annotated[Path, typer.Option(metavar="DIR", help="Folder for the parts; must be empty or not exist.")],
     shares:Annotated[str, typer.Option(metavar="NAME=SHARE,…", help="The parts, and what share of the rows each gets.")]="train=0.8,validation=0.1,test=0.1",
     by:Annotated[Optional[str], typer.Option(metavar="FIELD", help="Rows with the same value in this field stay together.")]=None,
-    seed:_SEED=0,
+    seed:Annotated[int, typer.Option(metavar="N", help="The same seed, the same split.", min=0, max=2**32 - 1)]=0,
     on_error:_ON_ERROR="raise",
 ):
     "Split into training, validation and test rows; rows that are equal or nearly so stay together."
@@ -250,7 +250,7 @@ def _unfinished(
     finally:
         if not any(folder.glob("checkpoint-*/complete")): shutil.rmtree(folder, ignore_errors=True) # nothing to go on from
 
-# %% ../nbs/reference/cli.ipynb #f3df8ca2
+# %% ../nbs/reference/cli.ipynb #78d645f6
 def _from_config(ctx:typer.Context, path:Optional[Path]):
     "Take the options' defaults from a file."
     if path is None: return
@@ -259,13 +259,14 @@ def _from_config(ctx:typer.Context, path:Optional[Path]):
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise typer.BadParameter(f"{path}: {' '.join(str(e).split())}")
     if not isinstance(given, dict): raise typer.BadParameter(f"{path}: must hold names and values, such as\n  epochs: 2")
     names = [p.name for p in ctx.command.params if p.name not in ("config", "help")]
-    for name in given:
-        near = difflib.get_close_matches(str(name).replace("-", "_"), names, 1, 0)
-        if str(name).replace("-", "_") not in names: raise typer.BadParameter(f"{path}: there is no setting {str(name)!r}; did you mean {near[0]!r}? (There are {', '.join(names)}.)")
-    ctx.default_map = {str(name).replace("-", "_"): value for name, value in given.items()}
+    given = {str(name).replace("-", "_"): value for name, value in given.items()}
+    for name, value in given.items():
+        if name not in names: raise typer.BadParameter(f"{path}: there is no setting {name!r}; did you mean {difflib.get_close_matches(name, names, 1, 0)[0]!r}? (There are {', '.join(names)}.)")
+        if not isinstance(value, (str, int, float)): raise typer.BadParameter(f"{path}: {name!r} must be one text or number")
+    ctx.default_map = {name: str(value) for name, value in given.items()} # as on the command line
     return path
 
-# %% ../nbs/reference/cli.ipynb #4e767bb7
+# %% ../nbs/reference/cli.ipynb #a5d748a2
 Method = Enum("Method", {"full": "full", "lora": "lora"}, type=str)
 TINY = ("the tiny model knows a small world of its own and nothing else. From your file it can learn how an answer looks, where it begins and where it ends; "
         "what it says there will be fluent nonsense. For answers with sense take a model that has read the web: --model Qwen/Qwen3-0.6B-Base")
@@ -274,6 +275,7 @@ TINY = ("the tiny model knows a small world of its own and nothing else. From yo
                               "sftlab train --data chats.jsonl --model Qwen/Qwen3-0.6B-Base --epochs 1 --output runs/qwen",
                               "sftlab train --config run.yaml --seed 1 --output runs/seed1"))
 def train(
+    ctx:typer.Context,
     data:Annotated[Path, typer.Option(metavar="FILE", help="Alpaca, ShareGPT, prompt/completion or messages rows, as JSON, JSONL, CSV or Parquet.", exists=True, dir_okay=False)],
     output:Annotated[Path, typer.Option(metavar="DIR", help="Folder for the result; must be empty or not exist.")],
     model:Annotated[str, typer.Option(metavar="NAME", help="tiny, small, t4 or gpu; a folder; or the name of a model on the Hugging Face hub.")]="tiny",
@@ -328,7 +330,7 @@ def train(
         print()
         _say("loss", f"held out, nats a token: {before:.3f} before, {after:.3f} after")
         _plot(history, folder / "loss.png", f"{data.name}: {model}, {method.value}")
-        done = settings | dict(command=["sftlab", *sys.argv[1:]], data=str(data), rows=read, rows_cut=long, rows_left_out=read - len(rows), rows_trained=len(train_rows), rows_held_out=len(held_out_rows),
+        done = settings | dict(command=["sftlab", *ctx.obj], data=str(data), rows=read, rows_cut=long, rows_left_out=read - len(rows), rows_trained=len(train_rows), rows_held_out=len(held_out_rows),
                                learning_rate=rate, steps=trainer.state.global_step, held_out_nll_before=before, held_out_nll_after=after, seconds=round(time.time() - start))
         (folder / "run.json").write_text(json.dumps(done, indent=2, ensure_ascii=False) + "\n", "utf-8")
     _say("saved", f"{output}: {'the adapter' if method is Method.lora else 'the model'}, loss.png, run.json ({done['seconds']} s)")

@@ -83,7 +83,7 @@ def held_out_nll(
     if not count: raise FinetuneError(f"no answer begins within the first {limit} tokens of any held-out row: there is nothing to measure")
     return total / count
 
-# %% ../nbs/reference/finetune.ipynb #e8ebf1e7
+# %% ../nbs/reference/finetune.ipynb #e84456bc
 @contextmanager
 def whole_folder(
     path, # where the result is to stand; must not exist, or be empty
@@ -92,6 +92,7 @@ def whole_folder(
     "A new folder to write into, which becomes `path` when all went well and is removed when not."
     path = Path(path)
     final = path.resolve()
+    replaces = overwrite and (path / "run.json").is_file() # a finished run, and nothing that appears later
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             if not (path / "run.json").is_file(): raise FinetuneError(f"{path} is there already and is not an empty folder: name another one, nothing is written over")
@@ -99,14 +100,15 @@ def whole_folder(
         if final == Path.cwd(): raise FinetuneError(f"{path} is the folder you are in: name a new one inside it")
         if path.exists() and not any(path.iterdir()): final.rmdir() # now, and not after an hour of training
         final.parent.mkdir(parents=True, exist_ok=True)
-        for left in (*final.parent.glob(f".{final.name}.*.partial"), *final.parent.glob(f"..{final.name}.*.partial")): # by a run that was killed
-            if not _alive(left.name.split(".")[-2]): shutil.rmtree(left, ignore_errors=True)
+        for left in (*final.parent.glob(f".{final.name}.*.partial"), *final.parent.glob(f"..{final.name}.*.partial")):
+            if _alive(pid := left.name.split(".")[-2]): raise FinetuneError(f"{path}: another run (process {pid}) is writing it now: wait for it, or name another folder")
+            shutil.rmtree(left, ignore_errors=True) # by a run that was killed
         partial = final.parent / f".{final.name}.{os.getpid()}.partial"
         partial.mkdir()
     except OSError as e: raise FinetuneError(f"{path}: cannot be made: {e.strerror}")
     try:
         yield partial
-        if final.exists(): os.replace(final, partial.with_suffix(".old"))
+        if replaces: os.replace(final, partial.with_suffix(".old"))
         os.replace(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -153,4 +153,20 @@ def test_a_killed_process_leaves_no_folder_that_looks_finished(tmp_path):
     assert done.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
     assert all(f.name.startswith(".") for f in tmp_path.iterdir())
     with whole_folder(tmp_path / "out") as partial: (partial / "x").touch() # and the next run is not hindered
-    assert os.listdir(tmp_path / "out") == ["x"]
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["x"] # and nothing is left of the killed one
+
+def test_two_runs_do_not_write_one_folder(tmp_path):
+    code = "import sys, time; from sftlab.finetune import whole_folder\nwith whole_folder(sys.argv[1]) as f: print('in', flush=True); time.sleep(60)"
+    first = subprocess.Popen([sys.executable, "-c", code, tmp_path / "out"], stdout=subprocess.PIPE)
+    assert first.stdout.readline() == b"in\n"
+    before = os.listdir(tmp_path)
+    with pytest.raises(FinetuneError, match=f"another run .process {first.pid}. is writing it"), whole_folder(tmp_path / "out"): pass
+    assert os.listdir(tmp_path) == before
+    first.kill(), first.wait()
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_while_a_run_goes_on_is_not_removed(tmp_path, overwrite):
+    with pytest.raises(OSError), whole_folder(tmp_path / "out", overwrite):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine.txt").touch()
+    assert (tmp_path / "out" / "mine.txt").exists()

@@ -84,7 +84,7 @@ def test_a_finished_run_is_replaced_only_when_told_and_only_by_a_finished_one(fi
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     assert cli.main([*short, "--seed", "1", "--overwrite"]) == 0
     run = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert run["seed"] == 1 and run["command"][0] == "sftlab" and len(run["data_sha256"]) == 64 and {"sftlab", "torch", "trl"} <= set(run["versions"])
+    assert run["seed"] == 1 and run["command"] == ["sftlab", *short, "--seed", "1", "--overwrite"] and len(run["data_sha256"]) == 64 and {"sftlab", "torch", "trl"} <= set(run["versions"])
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "notes.txt").write_text("what I wrote")
@@ -109,6 +109,10 @@ def test_checkpoints_without_the_mark_are_passed_over(tmp_path):
     ("epochs: [", "while parsing"),
     ("", "must hold names and values"),
     ("seed: -1", "'--seed'"),
+    ("seed: true", "'--seed'"),
+    ("overwrite: perhaps", "'--overwrite'"),
+    ("model: [tiny]", "'model' must be one text or number"),
+    ("epochs:", "'epochs' must be one text or number"),
 ])
 def test_a_config_that_cannot_be_right(file, tmp_path, capsys, content, says):
     (tmp_path / "run.yaml").write_text(content)
