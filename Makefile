@@ -14,11 +14,11 @@ $(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt tools/setup.s
 lab: $(INSTALLED) ## copy the course into workspace/ and open it in JupyterLab (LAB_ARGS=--no-browser on a server)
 	@$(BIN)/sftlab lab workspace $(LAB_ARGS)
 
-test: $(INSTALLED) ## run every notebook, the tests and the browser test (TEST_ARGS="-k models" for a part)
-	@$(BIN)/python -m pytest $(TEST_ARGS)
+test: $(INSTALLED) ## run every notebook, the tests and the browser test, two at a time (TEST_ARGS="-k models" for a part)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(TEST_ARGS)
 
-bench: $(INSTALLED) ## time the course's code (nothing to time yet)
-	@echo "Nothing to time yet: the lessons print how long their own steps take, and make test how long each lesson takes."
+bench: $(INSTALLED) ## time our training and data preparation against TRL's, on a quiet machine (SFTLAB_REAL_DATA=… for real files too)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -c "from sftlab.bench import main; main()"
 
 NAME ?= all
 experiments: $(INSTALLED) ## run the long experiments whose code has changed (NAME=… for one of them); goes on where it was stopped

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ROLES', 'SPEAKERS', 'FORMATS', 'ACCEPTED', 'TEMPLATES', 'Problem', 'DataError', 'to_messages', 'from_messages',
            'Record', 'scan', 'kept_rows', 'rejected_path', 'read_rows', 'new_file', 'to_dataset', 'read_messages',
-           'shingles', 'near_duplicates', 'full_text', 'split_rows', 'profile', 'picture', 'as_instructions', 'records',
-           'write_rows']
+           'shingles', 'near_duplicates', 'full_text', 'split_rows', 'profile', 'picture', 'as_instructions', 'flawed',
+           'records', 'write_rows']
 
 # %% ../nbs/02_instruction_data.ipynb #02c38f70
 import csv, filecmp, gzip, hashlib, json, os, random, re, sqlite3, string, tempfile, unicodedata, zlib
@@ -486,6 +486,22 @@ def as_instructions(
 
 def _nothing(value) -> bool: # what must not fill a slot: null, NaN, a blank text
     return value is None or value != value or isinstance(value, str) and not value.strip()
+
+# %% ../nbs/02_instruction_data.ipynb #f340c5eb
+def flawed(
+    examples:list, # with `kind`, `question` and `answer`
+    flaw:str, # "none", "form", "wrong", "cut" or "repeated"
+    seed:int=0, # of the rows that are spoiled
+) -> list: # as many rows with `messages`
+    "A file in which one thing is wrong with a third of the rows; \"repeated\": a third of the rows, three times."
+    rng, answers, third = random.Random(seed), [e["answer"] for e in examples], len(examples) // 3
+    for i in rng.sample(range(len(examples)), third):
+        right = answers[i]
+        if flaw == "form": answers[i] = rng.choice([f"Good question! I would say: {right}", f"Answer: {right} I hope this helps.", f"{right} {right}"])
+        elif flaw == "wrong": answers[i] = rng.choice([e["answer"] for e in examples if e["kind"] == examples[i]["kind"] and e["answer"] != right])
+        elif flaw == "cut": answers[i] = right[:max(1, len(right) // 2)]
+    rows = [dict(messages=[dict(role="user", content=e["question"]), dict(role="assistant", content=answer)]) for e, answer in zip(examples, answers)]
+    return 3 * rows[:third] if flaw == "repeated" else rows
 
 # %% ../nbs/02_instruction_data.ipynb #f975ba20
 def records(

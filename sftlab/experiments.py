@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'FOLDER', 'Experiment', 'experiment', 'code_of', 'code_hash', 'run_experiment', 'stale', 'main',
-           'results', 'mean_interval']
+           'results', 'mean_interval', 'learning_curve', 'rate_sensitivity', 'good_file', 'short_pretraining',
+           'loss_mask']
 
 # %% ../nbs/reference/experiments.ipynb #77685193
 import ast, hashlib, inspect, json, os, platform, sys, textwrap, time
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from types import FunctionType, ModuleType
 
@@ -163,3 +165,102 @@ def mean_interval(
     n, mean = len(values), values.mean()
     half = t.ppf(0.975, n - 1) * values.std(ddof=1) * np.sqrt(1 / n + one_more)
     return mean, mean - half, mean + half
+
+# %% ../nbs/reference/experiments.ipynb #7b67a719
+_TEXTS = tuple(f"assets/texts/{name}.txt" for name in "dialogues_en letters_en prose_en prose_zh stories_en stories_zh".split())
+_TINY = tuple(f"assets/tiny/{name}" for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
+
+def _after_tuning(**settings):
+    "Figures in % on the course's test set, after fine-tuning the tiny model."
+    from sftlab.microworld import test_set
+    from sftlab.pretraining import tuned_figures
+    figures = tuned_figures(test_set(), **settings)
+    return {key: figures[key] for key in ("exact", "easy", "hard", "stopped")}
+
+@experiment("01_learning_curve", [dict(rows=rows) for rows in (30, 100, 300, 1000)], files=_TINY)
+def learning_curve(rows:int, seed:int) -> dict:
+    "How many examples it takes: full fine-tuning on so many."
+    return _after_tuning(rows=rows, seed=seed)
+
+@experiment("01_learning_rate", [dict(method=method, learning_rate=rate) for method, rates in (("full", (1e-4, 3e-4, 1e-3, 3e-3)), ("lora", (5e-4, 1.5e-3, 5e-3, 1.5e-2))) for rate in rates], files=_TINY)
+def rate_sensitivity(method:str, learning_rate:float, seed:int) -> dict:
+    "Whether the learning rate matters: 300 examples, full fine-tuning and LoRA."
+    return _after_tuning(method=method, rows=300, learning_rate=learning_rate, seed=seed)
+
+@experiment("02_good_file", [dict(flaw=flaw) for flaw in ("none", "form", "wrong", "cut", "repeated")], files=_TINY)
+def good_file(flaw:str, seed:int) -> dict:
+    "What one thing wrong in a file does: full fine-tuning on 300 rows."
+    import tempfile
+    from sftlab.data import flawed
+    from sftlab.finetune import finetune
+    from sftlab.generation import evaluate
+    from sftlab.microworld import examples, test_set
+    from sftlab.models import load
+    from sftlab.pretraining import chat_prompt, rates
+    model, tokenizer = load("tiny")
+    with tempfile.TemporaryDirectory() as scratch: trainer = finetune(model, tokenizer, flawed(examples("train", 300, seed), flaw, seed), Path(scratch)/"tuned", method="full", seed=seed)
+    return rates(evaluate(trainer.model, tokenizer, test_set(), lambda item: chat_prompt(tokenizer, item["question"])))
+
+# %% ../nbs/reference/experiments.ipynb #cbdd38cb
+@experiment("00_tiny_model", [dict(), dict(layers=6), dict(hidden=128), dict(lr=2e-3), dict(lr=1.8e-2), dict(practice=False)], seeds=(0,), files=("assets/tiny/tokenizer.json", *_TEXTS))
+def short_pretraining(seed:int, hidden:int=192, layers:int=4, lr:float=6e-3, practice:bool=True) -> dict:
+    "The tiny model's recipe in small, 120 steps, with one thing changed: the loss in nats a token on held-out documents of either mixture."
+    import tempfile
+    import numpy as np, torch
+    from sftlab import microtexts
+    from sftlab.models import load
+    from sftlab.pretraining import new_model, next_token_loss, pretrain, write_tokens
+    tokenizer = load("tiny")[1]
+    with tempfile.TemporaryDirectory() as scratch:
+        def tokens(name, n, seed, mixture):
+            write_tokens(tokenizer, Path(scratch)/name, n, seed, mixture)
+            return np.fromfile(Path(scratch)/name, dtype=np.uint16)
+        first, second = tokens("first", 72 * 8 * 256, 1, microtexts.MIXTURE), tokens("second", 48 * 8 * 256, 2, microtexts.PRACTICE if practice else microtexts.MIXTURE)
+        held_out = {name: torch.from_numpy(tokens(name, 32 * 512, 99, mixture).astype(np.int64)).view(4, 8, 512) for name, mixture in (("first", microtexts.MIXTURE), ("second", microtexts.PRACTICE))}
+        model = new_model(tokenizer, hidden, layers, seed)
+        start = time.time()
+        pretrain(model, np.concatenate([first, second]), Path(scratch)/"work", 120, length=256, lr=lr)
+        with torch.no_grad(): losses = {f"loss_{name}": float(np.mean([next_token_loss(model, rows).item() for rows in batches])) for name, batches in held_out.items()}
+    return dict(losses, millions=sum(p.numel() for p in model.parameters()) / 1e6, training_seconds=round(time.time() - start, 1))
+
+# %% ../nbs/reference/experiments.ipynb #04a5c1e0
+def _train(model, tokenizer, rows, seed): # rows of `input_ids` and `labels`
+    "Full fine-tuning with transformers' `Trainer`, with the settings of `finetune`."
+    import tempfile
+    from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+    from sftlab.masking import collate
+    set_seed(seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        args = TrainingArguments(scratch, save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True, seed=seed, num_train_epochs=3, per_device_train_batch_size=8, learning_rate=3e-4, warmup_steps=0.05, use_cpu=True, dataloader_pin_memory=False)
+        trainer = Trainer(model, args, train_dataset=rows, data_collator=lambda batch: collate(batch, tokenizer.pad_token_id))
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    model.eval()
+
+def _plain_text(tokenizer, seed=98, n=16, length=256): # `(n, length)`
+    "The beginnings of documents of the kind that the tiny model was pretrained on."
+    import torch
+    from sftlab import microtexts
+    begun = (tokenizer("<|endoftext|>" + text, truncation=True, max_length=length)["input_ids"] for text in microtexts.documents(seed=seed))
+    return torch.tensor(list(islice((ids for ids in begun if len(ids) == length), n)))
+
+@experiment("04_masking", [dict(learn="answers, no stop token", page=0), *(dict(learn=learn, page=page) for page in (0, 100) for learn in ("answers", "everything"))], files=(*_TINY, *_TEXTS))
+def loss_mask(learn:str, page:int, seed:int) -> dict:
+    "What a loss mask does: full fine-tuning on 300 questions, each behind so many characters of another text; then the test set in the same form."
+    import torch
+    from sftlab import microtexts
+    from sftlab.generation import evaluate
+    from sftlab.masking import IGNORE, encode_rows
+    from sftlab.microworld import examples, test_set, to_messages
+    from sftlab.models import load
+    from sftlab.pretraining import chat_prompt, next_token_loss, rates
+    model, tokenizer = load("tiny")
+    tokenizer.eos_token = "<|im_end|>"
+    behind_page = lambda items, seed: [dict(item, question=(text[:page] + "\n\n" if page else "") + item["question"]) for item, text in zip(items, microtexts.documents(seed=seed))]
+    rows = encode_rows(tokenizer, [to_messages(e) for e in behind_page(examples("train", 300, seed), 100 + seed)], "all" if learn == "everything" else "assistant")
+    if learn == "answers, no stop token": rows = [dict(row, labels=[IGNORE if label == tokenizer.eos_token_id else label for label in row["labels"]]) for row in rows]
+    _train(model, tokenizer, rows, seed)
+    answered = evaluate(model, tokenizer, behind_page(test_set(), 99), lambda item: chat_prompt(tokenizer, item["question"]))
+    with torch.no_grad(): base_loss = next_token_loss(model, _plain_text(tokenizer)).item()
+    labels = [label for row in rows for label in row["labels"]]
+    return rates(answered) | dict(base_loss=base_loss, learned=100 * sum(label != IGNORE for label in labels) / len(labels))

@@ -32,6 +32,14 @@ def real_data() -> Path:
     return Path(folder)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "Two processes share the tests (`-n 2 --dist loadgroup`): a file stays together, so that what it sets up is set up once; only notebooks, which share nothing, go anywhere."
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.name if item.name.startswith("test_notebook_runs") else item.path.stem))
+    items.sort(key=lambda item: not item.name.startswith("test_notebook_runs"))  # the longest first
+
+
 def pytest_terminal_summary(terminalreporter):
     "Show each notebook's wall time beside its budget."
     reports = [r for rs in terminalreporter.stats.values() for r in rs if getattr(r, "when", None) == "call"]

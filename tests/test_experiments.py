@@ -49,6 +49,12 @@ def test_what_is_not_used_does_not_count():
     assert not any(name.startswith(("sftlab.microtexts", "sftlab.cli", "sftlab.experiments.stale", "sftlab.generation.side_by_side")) for name in used)
 
 
+@pytest.mark.parametrize("name", list(EXPERIMENTS))
+def test_an_experiment_does_not_depend_on_the_others(name):
+    "Else every new one would make all of them stale."
+    assert not any("EXPERIMENTS" in used for used in code_of(EXPERIMENTS[name].run))
+
+
 CHILD = """
 import sys, time
 from pathlib import Path

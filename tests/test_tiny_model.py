@@ -108,7 +108,7 @@ metric_list: [{{metric: exact_match}}]
     assert result["results"]["capitals"]["exact_match,none"] >= 0.8  # 12 countries that it has read about, one way of asking
 
 
-def test_the_card_belongs_to_these_weights_and_no_gate_is_missed_but_those_we_know():
+def test_the_card_belongs_to_these_weights_and_no_gate_is_missed_but_the_one_we_know():
     figures = json.loads((models.tiny_path() / "gates.json").read_text())
     assert figures["weights"] == pretraining.checksum()
     assert pretraining.unexpected(figures) == []
