@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test bench experiments docs readme tiny-model gates clean
+.PHONY: help lab test bench experiments exercises nbgrader docs readme tiny-model gates clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -23,6 +23,14 @@ bench: $(INSTALLED) ## time our training and data preparation against TRL's, on 
 NAME ?= all
 experiments: $(INSTALLED) ## run the long experiments whose code has changed (NAME=… for one of them); goes on where it was stopped
 	@$(BIN)/python -c "from sftlab.experiments import main; main('$(NAME)')"
+
+exercises: $(INSTALLED) ## make the learners' notebooks and sftlab/checks/ from exercises/solutions/
+	@$(BIN)/nbdev_clean --fname exercises/solutions
+	@$(BIN)/nbdev_export --path exercises/solutions
+	@$(BIN)/python -c "from sftlab.exercises import make_notebooks; print(*make_notebooks(), sep='\n')"
+
+nbgrader: $(INSTALLED) ## make a course for nbgrader in _nbgrader/ (there: nbgrader generate_assignment 01_generation)
+	@$(BIN)/python -c "from sftlab.exercises import make_nbgrader; print(*make_nbgrader(), sep='\n')"
 
 docs: $(INSTALLED) ## build the website in _docs/ (needs Quarto)
 	@$(BIN)/python tools/docs.py

@@ -51,7 +51,7 @@ def templates(
 
 # %% ../nbs/reference/micro_texts.ipynb #b749f9ce
 NAMES_ZH = dict(小明="他", 小红="她", 小华="他", 小丽="她", 小军="他", 小芳="她", 小刚="他", 小雨="她", 小林="他", 小雪="她")
-_OF_KIND = {kind: [t for t in THINGS if t["kind"] == kind] for kind in {t["kind"] for t in THINGS}}
+_OF_KIND = {kind: [t for t in THINGS if t["kind"] == kind] for kind in dict.fromkeys(t["kind"] for t in THINGS)}
 _OBJECTS = [t for t in COUNTABLE if t["kind"] not in ("animal", "fruit", "vegetable")]
 
 def _english_slots(rng):

@@ -48,3 +48,8 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("notebooks, wall time")
     for row in rows:
         terminalreporter.write_line(f"{row['notebook']:45} {row['seconds']:6.1f} s of {row['budget']:.0f} s")
+    kills = [dict(r.user_properties)["kills"] for r in reports if "kills" in dict(r.user_properties)]
+    if kills:
+        terminalreporter.section("exercises: wrong answers rejected by their name / all")
+    for row in kills:
+        terminalreporter.write_line(row)

@@ -126,6 +126,19 @@ def run_all(
     wait_idle(page, timeout)
 
 
+def replace_cell(
+    page,
+    begins:str, # how the code cell begins
+    source:str, # what is to stand there
+):
+    "Write into a cell of the notebook that is open, run it and the next one."
+    page.evaluate("""([begins, source]) => { const content = jupyterapp.shell.currentWidget.content
+        content.activeCellIndex = content.widgets.findIndex(cell => cell.model.sharedModel.getSource().startsWith(begins))
+        content.activeCell.model.sharedModel.setSource(source) }""", [begins, source])
+    for _ in range(2): page.evaluate("() => jupyterapp.commands.execute('notebook:run-cell-and-select-next')")
+    wait_idle(page)
+
+
 def errors(
     page,
 ) -> list: # one line of text each

@@ -1,9 +1,15 @@
 "Lesson 1 as a learner meets it: in JupyterLab, in a browser. Notebooks that go wrong on purpose show that the checks can fail."
+import json
+
 import psutil, pytest
 
-from lab import ask, browser_page, errors, find_browser, jupyterlab, open_notebook, run_all, screenshot, write_notebook
+from lab import ask, browser_page, errors, find_browser, jupyterlab, open_notebook, replace_cell, run_all, screenshot, wait_idle, write_notebook
 
 LESSON = "01_base_vs_instruct.ipynb"
+EXERCISE = "exercises/01_generation.ipynb"
+ANSWER = """def probabilities(logits, temperature):
+    if temperature == 0: return (logits == logits.amax(-1, keepdim=True)).float()
+    return (logits / temperature).softmax(-1)"""
 WIDGET = """
 from ipywidgets import Button, HTML, Text, VBox
 prompt, button, answers = Text(placeholder="Type a prompt"), Button(description="Generate"), HTML("base few-shot instruct")
@@ -23,10 +29,16 @@ CONTROLS = {
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    find_browser()
+def folder(tmp_path_factory):
+    "The learner's."
     folder = tmp_path_factory.mktemp("learner")/"course"
     folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    find_browser()
     for name, cells in CONTROLS.items(): write_notebook(folder/f"{name}.ipynb", *cells)
     with jupyterlab(folder) as address: yield address
 
@@ -45,6 +57,23 @@ def test_lesson_1(page, address, tmp_path):
     assert ask(page, "What is 2 + 3?") != first
     page.locator(".sftlab-side-by-side").scroll_into_view_if_needed()
     screenshot(page, "lesson_01", tmp_path)
+
+
+def test_an_exercise_knows_the_mistake_and_keeps_what_was_done(page, folder, tmp_path):
+    open_notebook(page, EXERCISE)
+    run_all(page)
+    assert errors(page) == []  # an untouched copy shows no red
+    assert page.get_by_text("○ Temperature · not attempted yet").count() == 1
+    replace_cell(page, "def probabilities", ANSWER.replace("(logits / temperature).softmax(-1)", "logits.softmax(-1) / temperature"))
+    page.get_by_text("✗ Temperature · the temperature comes too late").wait_for()
+    replace_cell(page, "def probabilities", ANSWER)
+    page.get_by_text("✓ Temperature · right").wait_for()
+    screenshot(page, "exercise_01", tmp_path)
+    kept = json.loads((folder/"sftlab-progress.json").read_text())
+    assert kept["generation.temperature"]["state"] == "right"
+    page.evaluate("() => jupyterapp.shell.currentWidget.sessionContext.restartKernel()")
+    wait_idle(page)
+    assert json.loads((folder/"sftlab-progress.json").read_text()) == kept
 
 
 def test_good_notebook_passes(page, tmp_path):

@@ -1,5 +1,6 @@
 "The exercises: every checker against wrong answers, the notebooks that learners get, their progress, and nbgrader."
-import ast, contextlib, copy, io, itertools, json, linecache, os, random, re, subprocess, sys, time
+import contextlib, copy, inspect, io, itertools, json, linecache, math, os, random, re, subprocess, sys, time, zlib
+from importlib import import_module
 from pathlib import Path
 import nbformat, pytest, torch
 from hypothesis import given
@@ -41,14 +42,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
-@pytest.fixture
-def quick(monkeypatch):
-    "Endless loops are given up sooner."
-    for q in ASKED.values(): monkeypatch.setattr(q, "seconds", 1)
-
 # every checker
 
-@pytest.mark.usefixtures("quick")
 @each_question
 def test_wrong_answers_are_rejected_by_name(q, record_property):
     rows = [row for seed in (0, 1, 2) for row in ex.kills(q, seed)]
@@ -66,14 +61,12 @@ def test_a_lesson_has_enough_wrong_answers():
     for master, asked in itertools.groupby(ASKED.items(), key=lambda pair: pair[0][0]):
         assert sum(len(q.answers) for _, q in asked) >= 16, master
 
-@pytest.mark.usefixtures("quick")
 @each_question
 def test_a_check_that_looks_at_the_example_alone_is_found_out(q, monkeypatch):
     "The control: with fewer inputs, answers come through that know nothing."
     monkeypatch.setattr(q, "make", lambda rng: [])
     assert ("the example alone", None, "right") in ex.survivors(ex.kills(q))
 
-@pytest.mark.usefixtures("quick")
 @each_question
 def test_without_its_mistakes_a_check_names_none(q, monkeypatch):
     "The control: names come from the mistakes, so without them the wrong answers are survivors."
@@ -94,7 +87,7 @@ def test_inputs_are_fixed_by_the_seed_and_new_without(q):
 def test_the_solution_is_shown_without_marks(q, folder, capsys):
     q.solution()
     shown = capsys.readouterr().out
-    scope = {"torch": torch, "math": __import__("math"), "json": json, "zlib": __import__("zlib")}
+    scope = dict(torch=torch, math=math, json=json, zlib=zlib)
     exec(shown, scope) # it stands alone, but for the imports that the learner's notebook has
     assert ex.judge(q, scope[q.name], 0).name == "right" and "SOLUTION" not in shown
     assert ex.read_progress() == {q.key: dict(state="shown", tries=1)}
@@ -130,7 +123,7 @@ def test_learners_notebooks_hold_no_solution(name):
     "No line of a solution, a mistake or a wrong answer, and no rubric."
     text = (ROOT / "exercises" / name).read_text("utf-8")
     learner = {line.strip() for kind in ("code", "markdown") for source in sources(ROOT / "exercises" / name, kind) for line in source.splitlines()}
-    secret = {line.strip() for q in ASKED.values() for line in ex.without_marks(ex.inspect.getsource(q.solve)).splitlines()[2:] if telling(line)}
+    secret = {line.strip() for q in ASKED.values() for line in ex.without_marks(inspect.getsource(q.solve)).splitlines()[2:] if telling(line)}
     secret |= {line.strip() for source in sources(ROOT / "exercises/solutions" / name) if ".wrong(" in source or ".mistake(" in source for line in source.splitlines() if telling(line) and not line.startswith("def ")}
     assert len(secret) > 50 and not secret & learner
     assert not any(point in text for tasks in ex.all_questions().values() for task in tasks if isinstance(task, ex.OpenQuestion) for point in [*task.rubric, task.model])
@@ -138,7 +131,7 @@ def test_learners_notebooks_hold_no_solution(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_headings_name_the_questions(name):
-    questions = ex.questions_of(ex.import_module("sftlab.checks." + name.split("_", 1)[1].removesuffix(".ipynb")))
+    questions = ex.questions_of(import_module("sftlab.checks." + name.split("_", 1)[1].removesuffix(".ipynb")))
     headings = [source.splitlines()[0] for source in sources(ROOT / "exercises/solutions" / name, "markdown") if source.startswith("## q")]
     assert headings == [f"## {q}: {task.title}" for q, task in questions.items()]
 
@@ -160,7 +153,7 @@ def solved(path):
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         q = next((q for q in ASKED.values() if source.startswith(f"def {q.name}(")), None)
-        if q: cell["source"] = ex.without_marks(ex.inspect.getsource(q.solve))
+        if q: cell["source"] = ex.without_marks(inspect.getsource(q.solve))
         if source.endswith(".mark()"): cell["source"] = source.replace("()", "(3)")
     return notebook
 
@@ -177,7 +170,7 @@ def test_notebook_runs_untouched_and_solved(name, tmp_path):
     assert set(kept) == {task.key for tasks in ex.all_questions().values() for task in tasks if task.key.startswith(name.split("_", 1)[1].removesuffix(".ipynb") + ".")}
 
 @pytest.mark.parametrize("name", NAMES)
-def test_masters_run(name, tmp_path, monkeypatch):
+def test_masters_run(name, tmp_path):
     "Each wrong answer is tried there as the author sees it."
     path = tmp_path / name
     path.write_bytes((ROOT / "exercises/solutions" / name).read_bytes())
