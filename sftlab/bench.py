@@ -11,7 +11,7 @@ import json, os, platform, random, statistics, tempfile, time
 from importlib.metadata import version
 from pathlib import Path
 from .data import scan
-from .experiments import _machine, _write
+from .experiments import machine, write_json
 from .masking import encode_rows
 from .microtexts import documents
 from .microworld import examples, to_messages
@@ -157,9 +157,9 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     sets = {"10,000 generated rows": generated_rows(10_000)} | real_files()
-    results = dict(machine=_machine(), threads=torch.get_num_threads(), versions={"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "trl", "tokenizers", "datasets")}},
+    results = dict(machine=machine(), threads=torch.get_num_threads(), versions={"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "trl", "tokenizers", "datasets")}},
                    training=bench_training(), data={name: bench_data(rows, desc=name) for name, rows in sets.items()})
-    _write(FILE, results)
+    write_json(FILE, results)
     for figures in (results["training"], *results["data"].values()): print(table(figures), "\n")
     for asked, measured, met in targets(results): print(f"{'met   ' if met else 'MISSED'}  {asked}: {measured}")
     if not all(met for *_, met in targets(results)): raise SystemExit(1)
