@@ -267,7 +267,7 @@ def _from_config(ctx:typer.Context, path:Optional[Path]):
     return path
 
 # %% ../nbs/reference/cli.ipynb #a5d748a2
-Method = Enum("Method", {"full": "full", "lora": "lora"}, type=str)
+Method = Enum("Method", {"full": "full", "lora": "lora", "qlora": "qlora"}, type=str)
 TINY = ("the tiny model knows a small world of its own and nothing else. From your file it can learn how an answer looks, where it begins and where it ends; "
         "what it says there will be fluent nonsense. For answers with sense take a model that has read the web: --model Qwen/Qwen3-0.6B-Base")
 
@@ -279,7 +279,7 @@ def train(
     data:Annotated[Path, typer.Option(metavar="FILE", help="Alpaca, ShareGPT, prompt/completion or messages rows, as JSON, JSONL, CSV or Parquet.", exists=True, dir_okay=False)],
     output:Annotated[Path, typer.Option(metavar="DIR", help="Folder for the result; must be empty or not exist.")],
     model:Annotated[str, typer.Option(metavar="NAME", help="tiny, small, t4 or gpu; a folder; or the name of a model on the Hugging Face hub.")]="tiny",
-    method:Annotated[Method, typer.Option(help="lora: learn a small adapter. full: learn all weights.")]="lora",
+    method:Annotated[Method, typer.Option(help="lora: learn a small adapter. qlora: the same, beside weights in 4 bits (needs bitsandbytes). full: learn all weights.")]="lora",
     epochs:Annotated[float, typer.Option(metavar="N", help="Passes over the rows; 0.5 is half a pass.", min=0.001, max=1000)]=3,
     learning_rate:Annotated[Optional[float], typer.Option(metavar="RATE", help="By default one that suits model and method.", min=1e-9, max=1)]=None,
     max_rows:Annotated[Optional[int], typer.Option(metavar="N", help="Use so many rows, drawn at random.", min=2)]=None,
@@ -300,11 +300,11 @@ def train(
         if max_rows and max_rows < len(rows):
             rows = random.Random(seed).sample(rows, max_rows)
             _say("", f"{max_rows:,} of them are used (--max-rows)")
-        net, tokenizer = load(model)
         _quiet()
+        net, tokenizer = load(model, four_bit=True if method is Method.qlora else None)
         limit, read = context_length(net), len(rows)
         rows, long = _fit(tokenizer, rows, limit)
-        _say("model", f"{model}: {net.num_parameters() / 1e6:,.1f} million parameters, {str(net.dtype)[6:]} on {net.device.type}, --method {method.value}")
+        _say("model", f"{model}: {net.num_parameters() / 1e6:,.1f} million parameters, {'4 bits and ' * getattr(net, 'is_loaded_in_4bit', False)}{str(net.dtype)[6:]} on {net.device.type}, --method {method.value}")
         _say("context", f"{limit} tokens; {long} of {read} rows are longer and are cut there" + (
             f"; {read - len(rows)} of these have no answer before the cut and are left out" if read > len(rows) else ""))
         if not rows: raise FinetuneError(f"{data}: no answer begins within {limit} tokens: shorten the questions")
@@ -333,7 +333,7 @@ def train(
         done = settings | dict(command=["sftlab", *ctx.obj], data=str(data), rows=read, rows_cut=long, rows_left_out=read - len(rows), rows_trained=len(train_rows), rows_held_out=len(held_out_rows),
                                learning_rate=rate, steps=trainer.state.global_step, held_out_nll_before=before, held_out_nll_after=after, seconds=round(time.time() - start))
         (folder / "run.json").write_text(json.dumps(done, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    _say("saved", f"{output}: {'the adapter' if method is Method.lora else 'the model'}, loss.png, run.json ({done['seconds']} s)")
+    _say("saved", f"{output}: {'the model' if method is Method.full else 'the adapter'}, loss.png, run.json ({done['seconds']} s)")
     _say("next", f"sftlab chat {output}")
 
 # %% ../nbs/reference/cli.ipynb #3c8e9050

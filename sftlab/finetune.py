@@ -138,10 +138,11 @@ def add_lora(
 # %% ../nbs/reference/finetune.ipynb #8899f14d
 def default_learning_rate(
     model, # to be trained
-    method:str, # "full" or "lora"
+    method:str, # "full", "lora" or "qlora"
 ) -> float:
     "A learning rate to start with."
-    return {"full": 3e-4, "lora": 5e-3}[method] if is_tiny(model) else {"full": 2e-5, "lora": 2e-4}[method]
+    full, lora = (3e-4, 5e-3) if is_tiny(model) else (2e-5, 2e-4)
+    return full if method == "full" else lora
 
 # %% ../nbs/reference/finetune.ipynb #b9b91821
 def _config(model, tokenizer, epochs, learning_rate, seed, folder, steps, checkpoints): # -> SFTConfig
@@ -163,7 +164,7 @@ def finetune(
     tokenizer, # its tokenizer; its `eos_token` becomes the token that ends a turn
     rows:list, # of {"messages": [{"role", "content"}, …]}
     output_dir, # folder for the result: the model, or the adapter alone; must be empty or not exist
-    method:str="full", # "full": all weights; "lora": an adapter on all linear layers
+    method:str="full", # "full": all weights; "lora": an adapter on all linear layers; "qlora": the same on a model whose weights are in 4 bits
     epochs:float=3, # passes over `rows`
     learning_rate:float=None, # the largest, after warm-up; by default what `default_learning_rate` says
     seed:int=0, # order of the rows, initial adapter
@@ -178,20 +179,22 @@ def finetune(
     from transformers import PrinterCallback, set_seed
     from trl import SFTTrainer
     if isinstance(model, PeftModel): raise FinetuneError("the model has an adapter already: train from its base model, or merge the adapter first")
-    if method == "full" and getattr(model, "is_loaded_in_4bit", False): raise FinetuneError("weights in 4 bits cannot be trained: use the method lora")
+    four_bit = getattr(model, "is_loaded_in_4bit", False)
+    if method == "full" and four_bit: raise FinetuneError("weights in 4 bits cannot be trained: use the method qlora")
+    if method == "qlora" and not four_bit: raise FinetuneError("the method qlora needs a model whose weights are in 4 bits: load(…, four_bit=True)")
     if not training_template(tokenizer)[1]:
         print("The chat template does not mark the assistant's turns, and TRL has no marked twin of it: the whole conversation is learned, questions too.")
     with whole_folder(output_dir) as folder:
         set_seed(seed)
-        if method == "lora": model = add_lora(model, tokenizer)
-        else: model.float()
+        if method == "full": model.float()
+        else: model = add_lora(model, tokenizer)
         learning_rate = default_learning_rate(model, method) if learning_rate is None else learning_rate
         args = _config(model, tokenizer, epochs, learning_rate, seed, folder, math.ceil(epochs * len(rows) / 8), checkpoints)
         measure = [_held_out_callback(tokenizer, eval_rows)] if eval_rows else []
         mark = [_complete_callback()] if checkpoints else []
         trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[*measure, *callbacks, *mark])
         trainer.remove_callback(PrinterCallback)
-        if args.fp16: # TRL makes the adapter of a 4-bit model bfloat16, which such a card does not have
+        if not args.bf16: # TRL makes the adapter of a 4-bit model bfloat16, whatever it is trained on
             for p in model.parameters():
                 if p.requires_grad: p.data = p.data.float()
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) if checkpoints else None)

@@ -81,6 +81,7 @@ def load(
     preset:str=None, # a key of `PRESETS`; by default `$SFTLAB_PRESET`, else "tiny"
     device:str=None, # "cpu" or "cuda"; chosen where not given
     dtype=None, # a `torch.dtype`; chosen where not given
+    four_bit:bool=None, # weights in NF4; by default as the preset says, or as an adapter's base was when it was trained
 ): # the model, in evaluation mode, and its tokenizer
     "Load a causal language model and its tokenizer."
     if name in PRESETS: name, preset = None, name
@@ -92,7 +93,7 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
     options = dict(dtype=dtype or pick_dtype(device), device_map=device)
-    if settings.four_bit: options["quantization_config"] = _nf4(options["dtype"])
+    if settings.four_bit or _by_qlora(where) if four_bit is None else four_bit: options["quantization_config"] = _nf4(options["dtype"])
     adapter = Path(where) / "adapter_config.json"
     bars = logging.is_progress_bar_enabled()
     if where == str(tiny_path()): logging.disable_progress_bar() # it takes milliseconds
@@ -105,7 +106,13 @@ def load(
         if bars: logging.enable_progress_bar()
     return model.eval(), tokenizer
 
+def _by_qlora(folder): # whether `sftlab train --method qlora` made it
+    run = Path(folder) / "run.json"
+    return run.is_file() and json.loads(run.read_text("utf-8")).get("method") == "qlora"
+
 def _nf4(dtype):
+    from importlib.util import find_spec
+    if not find_spec("bitsandbytes"): raise ModelError("Weights in four bits need bitsandbytes, which is not installed: pip install bitsandbytes")
     from transformers import BitsAndBytesConfig
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
 

@@ -25,7 +25,8 @@ def folder(tmp_path_factory):
         {"from": "human", "value": e["question"]}, {"from": "gpt", "value": e["answer"]}])) for e in made))
     screens = dict(
         lora=call("train", "--data", folder / "alpaca.json", "--output", folder / "lora", "--epochs", 2, "--seed", 3),
-        full=call("train", "--data", folder / "chats.jsonl", "--output", folder / "full", "--epochs", 1, "--method", "full", "--max-rows", 12))
+        full=call("train", "--data", folder / "chats.jsonl", "--output", folder / "full", "--epochs", 1, "--method", "full", "--max-rows", 12),
+        qlora=call("train", "--data", folder / "alpaca.json", "--output", folder / "qlora", "--epochs", 3, "--method", "qlora"))
     (folder / "screens.json").write_text(json.dumps(screens))
     return folder
 
@@ -64,6 +65,17 @@ def test_other_programs_load_the_results(folder):
         assert not torch.equal(full(ids).logits, before)
         assert not torch.equal(PeftModel.from_pretrained(base, folder / "lora").eval()(ids).logits, before)
 
+def test_qlora_trains_beside_weights_in_four_bits(folder):
+    "The adapter alone is saved, and is put on weights in 4 bits again, where it gives the loss that was printed."
+    from bitsandbytes.nn import Linear4bit
+    status, out, err = screen(folder, "qlora")
+    assert (status, err) == (0, "") and "4 bits and float32 on cpu" in out and ": the adapter, loss.png" in out
+    run = json.loads((folder / "qlora/run.json").read_text())
+    assert run["method"] == "qlora" and run["held_out_nll_after"] < run["held_out_nll_before"] != json.loads((folder / "lora/run.json").read_text())["held_out_nll_before"]
+    assert (folder / "qlora/adapter_model.safetensors").exists() and not (folder / "qlora/model.safetensors").exists()
+    layers = lambda name, **how: sum(isinstance(m, Linear4bit) for m in cli.load(str(folder / name), **how)[0].modules())
+    assert layers("qlora") == 28 and layers("qlora", four_bit=False) == 0 and layers("lora") == 0
+
 def test_max_rows(folder):
     status, out, _ = screen(folder, "full")
     assert status == 0 and "24 rows from" in out and "12 of them are used" in out
@@ -90,7 +102,7 @@ DATA = ["train", "--data", "{alpaca}", "--output", "{out}"]
     (2, [*DATA, "--epochs", "many"], "'--epochs'"),
     (2, [*DATA, "--learning-rate", "-1"], "'--learning-rate'"),
     (2, [*DATA, "--learning-rate", "nan"], "'--learning-rate'"),
-    (2, [*DATA, "--method", "qlora"], "'full', 'lora'"),
+    (2, [*DATA, "--method", "lora4"], "'full', 'lora', 'qlora'"),
     (2, [*DATA, "--max-rows", "1"], "'--max-rows'"),
     (2, [*DATA, "--seed", "-1"], "'--seed'"),
     (2, ["chat"], "Missing argument 'DIR'"),

@@ -93,6 +93,24 @@ def test_lora_trains_an_adapter_that_plain_peft_loads(tmp_path):
     assert Path(PeftModel.from_pretrained(load("tiny")[0], out).peft_config["default"].base_model_name_or_path).is_absolute()
     with pytest.raises(FinetuneError, match="has an adapter already"): finetune(*load(str(out)), ROWS, tmp_path / "again", "lora")
 
+def test_qlora_keeps_the_adapter_in_float32_and_the_weights_in_four_bits(tmp_path):
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    model, tokenizer = load("tiny", four_bit=True)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainer = finetune(model, tokenizer, ROWS, tmp_path / "out", "qlora", epochs=2, eval_rows=ROWS[:2])
+    measured = [h["held_out_nll"] for h in trainer.state.log_history if "held_out_nll" in h]
+    assert measured[-1] < measured[0]
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    layers = [m for m in trainer.model.modules() if isinstance(m, Linear4bit)]
+    assert len(layers) == 28 and all(m.weight.dtype == torch.uint8 for m in layers)
+    assert all(any(torch.equal(p, m.weight) for m in layers) for p in before.values() if p.dtype == torch.uint8)
+
+def test_methods_and_bits_that_do_not_go_together(tmp_path):
+    for method, four_bit, message in (("full", True, "use the method qlora"), ("qlora", False, r"load\(…, four_bit=True\)")):
+        with pytest.raises(FinetuneError, match=message): finetune(*load("tiny", four_bit=four_bit), ROWS, tmp_path / "out", method)
+    assert not (tmp_path / "out").exists()
+
 def test_full_training_gives_a_model_that_stops_and_the_seed_decides(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig

@@ -61,6 +61,11 @@ def test_an_adapter_made_where_the_course_lay_elsewhere_finds_the_tiny_model(tmp
             with pytest.raises(ModelError, match="no folder /content/another-model"): load(str(tmp_path))
 
 
+def test_four_bits_without_bitsandbytes_get_one_line(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="need bitsandbytes, which is not installed: pip install bitsandbytes"): load("tiny", four_bit=True)
+
+
 def test_find_leaves_a_folder_as_it_is(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert find(str(tmp_path)) == str(tmp_path)
