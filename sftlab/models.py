@@ -104,6 +104,8 @@ def load(
     except (OSError, ValueError) as e: raise ModelError(f"{where} cannot be loaded: {str(e).splitlines()[0]}") from e
     finally:
         if bars: logging.enable_progress_bar()
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False # else answering repacks the weights, and no gradient passes through them from then on
     return model.eval(), tokenizer
 
 def _by_qlora(folder): # whether `sftlab train --method qlora` made it

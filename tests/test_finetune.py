@@ -3,7 +3,7 @@ import math, os, signal, subprocess, sys
 from pathlib import Path
 import pytest
 from sftlab.data import to_messages
-from sftlab.finetune import FinetuneError, encode, finetune, held_out_nll, training_template, whole_folder
+from sftlab.finetune import FinetuneError, add_lora, encode, finetune, held_out_nll, training_template, whole_folder
 from sftlab.models import load
 
 # Answers of very different lengths, so that a mean of means would be seen.
@@ -105,6 +105,20 @@ def test_qlora_keeps_the_adapter_in_float32_and_the_weights_in_four_bits(tmp_pat
     layers = [m for m in trainer.model.modules() if isinstance(m, Linear4bit)]
     assert len(layers) == 28 and all(m.weight.dtype == torch.uint8 for m in layers)
     assert all(any(torch.equal(p, m.weight) for m in layers) for p in before.values() if p.dtype == torch.uint8)
+
+def test_answering_in_between_leaves_the_gradients_of_qlora_as_they_are():
+    "On some processors bitsandbytes repacks the weights for answering, and from then on passes no gradient through them."
+    import torch
+    model, tokenizer = load("tiny", four_bit=True)
+    model, ids = add_lora(model, tokenizer), torch.tensor([encode(tokenizer, ROWS[:1])[0][0]])
+    def gradients():
+        model.train().zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    before = gradients()
+    with torch.no_grad(): model.eval()(ids)
+    after = gradients()
+    assert all(torch.equal(g, after[n]) for n, g in before.items()) and any(g.abs().max() > 0 for g in before.values())
 
 def test_methods_and_bits_that_do_not_go_together(tmp_path):
     for method, four_bit, message in (("full", True, "use the method qlora"), ("qlora", False, r"load\(…, four_bit=True\)")):
