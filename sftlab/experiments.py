@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'FOLDER', 'Experiment', 'experiment', 'code_of', 'code_hash', 'machine', 'write_json', 'run_experiment',
            'stale', 'main', 'results', 'mean_interval', 'learning_curve', 'rate_sensitivity', 'good_file',
-           'short_pretraining', 'loss_mask']
+           'short_pretraining', 'loss_mask', 'lora_rank', 'lora_full', 'lora_targets', 'lora_alpha']
 
 # %% ../nbs/reference/experiments.ipynb #77685193
 import ast, hashlib, inspect, json, os, platform, sys, textwrap, time
@@ -264,3 +264,45 @@ def loss_mask(learn:str, page:int, seed:int) -> dict:
     with torch.no_grad(): base_loss = next_token_loss(model, _plain_text(tokenizer)).item()
     labels = [label for row in rows for label in row["labels"]]
     return rates(answered) | dict(base_loss=base_loss, learned=100 * sum(label != IGNORE for label in labels) / len(labels))
+
+# %% ../nbs/reference/experiments.ipynb #7a5d07c1
+def _lora_run(seed, rows=300, r=8, alpha=None, targets="all-linear", learning_rate=5e-3, method="lora"):
+    "Figures in % on the test set, after fine-tuning with lessons 05 and 07; and the loss on plain text, in nats a token."
+    import torch
+    from sftlab.lora import inject, train_tokens, trainable
+    from sftlab.generation import evaluate
+    from sftlab.masking import encode_rows
+    from sftlab.microworld import examples, test_set, to_messages
+    from sftlab.models import load
+    from sftlab.pretraining import chat_prompt, next_token_loss, rates
+    from sftlab.training import FAST, Settings, train
+    model, tokenizer = load("tiny")
+    tokenizer.eos_token = "<|im_end|>"
+    torch.manual_seed(seed)
+    if method == "lora":
+        inject(model, r, 2 * r if alpha is None else alpha, targets)
+        train_tokens(model, tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
+    history = train(model, encode_rows(tokenizer, [to_messages(e) for e in examples("train", rows, seed)]), Settings(learning_rate=learning_rate, seed=seed), disable_tqdm=True, **FAST)
+    answered = evaluate(model, tokenizer, test_set(), lambda item: chat_prompt(tokenizer, item["question"]))
+    with torch.no_grad(): base_loss = next_token_loss(model, _plain_text(tokenizer)).item()
+    return rates(answered) | dict(loss=float(history.loss[-20:].mean()), base_loss=base_loss, trained=trainable(model).trained)
+
+@experiment("07_lora_rank", [dict(r=r) for r in (1, 4, 8, 32)], files=(*_TINY, *_TEXTS))
+def lora_rank(r:int, seed:int) -> dict:
+    "How many directions an update needs: LoRA on 300 rows, with alpha = 2r."
+    return _lora_run(seed, r=r)
+
+@experiment("07_lora_full", [dict(method="full", rows=300), *(dict(method=method, rows=rows) for rows in (100, 1000) for method in ("full", "lora"))], files=(*_TINY, *_TEXTS))
+def lora_full(method:str, rows:int, seed:int) -> dict:
+    "LoRA with r = 8 and full fine-tuning at several data sizes, each with the learning rate that was best for it in 01_learning_rate. (LoRA on 300 rows is in 07_lora_rank.)"
+    return _lora_run(seed, rows=rows, method=method, learning_rate=dict(full=1e-3, lora=5e-3)[method])
+
+@experiment("07_lora_targets", [dict(targets=["q_proj", "v_proj"], r=8), dict(targets=["q_proj", "k_proj", "v_proj", "o_proj"], r=8), dict(targets=["q_proj", "v_proj"], r=38)], files=(*_TINY, *_TEXTS))
+def lora_targets(targets:list, r:int, seed:int) -> dict:
+    "Which layers: LoRA on 300 rows, at one rank; and on q and v alone with as many parameters as r = 8 has on all layers. (All layers with r = 8 are in 07_lora_rank.)"
+    return _lora_run(seed, r=r, targets=targets)
+
+@experiment("07_lora_alpha", [dict(alpha=4, learning_rate=5e-3), dict(alpha=64, learning_rate=5e-3), dict(alpha=4, learning_rate=2e-2), dict(alpha=64, learning_rate=1.25e-3)], files=(*_TINY, *_TEXTS))
+def lora_alpha(alpha:float, learning_rate:float, seed:int) -> dict:
+    "A quarter of alpha and four times as much, at one learning rate and with the rate moved the other way: LoRA on 300 rows with r = 8. (alpha = 16 is in 07_lora_rank.)"
+    return _lora_run(seed, alpha=alpha, learning_rate=learning_rate)

@@ -420,7 +420,7 @@ FAULTS = { # name: (what it leads to, how to mend it)
     "no generation markers": ("nothing says which tokens are answers: assistant_only_loss=True fails", "put {% generation %} before each answer and {% endgeneration %} behind its stop token; TRL has done so for some families (`trl.get_training_chat_template`)"),
     "markers in the wrong place": ("questions are learned, or answers are not", "put the markers around each answer with its stop token"),
     "generation prompt is no prefix": ("in use an answer begins after something that never came before one in training", "let add_generation_prompt write just what stands before an answer in training"),
-    "generation prompt too short": ("in use the model must write the head of its turn, which it was not trained to do", "let add_generation_prompt write all that stands before an answer in training"),
+    "generation prompt too short": ("in use an answer begins in a place where it never began in training", "let add_generation_prompt write all that stands before an answer in training"),
     "training and inference differ": ("in use the model meets the earlier messages in a layout that it was not trained on", "lay a message out without regard to add_generation_prompt and to what follows it"),
     "system message dropped": ("instructions of the system have no effect, and nobody is told", "write messages of the role system, or refuse them with raise_exception"),
 }

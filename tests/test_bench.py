@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from sftlab import bench
-from sftlab.bench import LENGTHS, bench_data, bench_training, generated_rows, in_turn, table, targets
+from sftlab.bench import LENGTHS, bench_data, bench_lora, bench_nf4, bench_training, generated_rows, in_turn, parts, table, targets
 
 
 def test_training_is_the_same_work():
@@ -43,6 +43,21 @@ def test_other_ids_or_labels_would_be_noticed(monkeypatch):
     assert bench_data(generated_rows(10), rounds=1)["same"] == dict(input_ids=True, labels=False)
 
 
+def test_the_adapter_is_the_same_work(monkeypatch):
+    figures = bench_lora(steps=5, rounds=1)
+    assert figures["losses_apart"] < 1e-5 and set(figures["seconds"]) == {"sftlab", "PEFT"}
+    real = bench.inject
+    monkeypatch.setattr(bench, "inject", lambda model, r, alpha: real(model, r, 2 * alpha)) # the control
+    assert bench_lora(steps=5, rounds=1)["losses_apart"] > 1e-5
+
+
+def test_nf4_is_the_same_to_the_bit(monkeypatch):
+    assert {name: figures["same"] for name, figures in bench_nf4(size=128, rounds=1).items()} == dict(quantise=True, dequantise=True)
+    real = bench.quantize
+    monkeypatch.setattr(bench, "quantize", lambda weight: real(weight * 1.01)) # the control
+    assert bench_nf4(size=128, rounds=1)["dequantise"]["same"] is False
+
+
 def test_ways_take_turns_and_the_first_round_does_not_count():
     calls = []
     def way(name): return lambda: calls.append(name) or (len(calls), name)
@@ -67,7 +82,9 @@ def test_the_table_of_lengths_is_that_of_the_file(real_data):
 
 
 GOOD = dict(training=dict(tokens=1000, seconds={"sftlab": [1.0, 1.1, 0.9], "TRL": [2.0, 1.9, 2.1], "TRL, padding_free": [1.5] * 3, "sftlab, plain": [1.5] * 3}, losses_apart={"TRL": 1e-7}),
-            data={"some rows": dict(tokens=5000, rows=10, seconds={"sftlab": [1.2] * 3, "TRL": [6.0] * 3, "bare tokeniser": [1.0] * 3}, same=dict(input_ids=True, labels=True))})
+            data={"some rows": dict(tokens=5000, rows=10, seconds={"sftlab": [1.2] * 3, "TRL": [6.0] * 3, "bare tokeniser": [1.0] * 3}, same=dict(input_ids=True, labels=True))},
+            lora=dict(tokens=1000, seconds={"sftlab": [1.0] * 3, "PEFT": [1.1] * 3}, losses_apart=0.0),
+            nf4={name: dict(weights=4e6, seconds={"sftlab": [2.0] * 3, "bitsandbytes": [1.0] * 3}, same=True) for name in ("quantise", "dequantise")})
 
 
 @pytest.mark.parametrize("spoil, missed", [
@@ -77,6 +94,8 @@ GOOD = dict(training=dict(tokens=1000, seconds={"sftlab": [1.0, 1.1, 0.9], "TRL"
     (lambda r: r["data"]["some rows"]["seconds"].update(TRL=[4.7] * 3), ["data, some rows: at least 4 times as fast as TRL"]),
     (lambda r: r["data"]["some rows"]["seconds"].update({"bare tokeniser": [0.9] * 3}), ["data, some rows: at most 1.3 times the bare tokeniser"]),
     (lambda r: r["data"]["some rows"]["same"].update(labels=False), ["data, some rows: ids and labels as TRL's"]),
+    (lambda r: r["lora"].update(losses_apart=1e-3), ["LoRA: losses as PEFT's, within 1e-5"]),
+    (lambda r: r["nf4"]["quantise"].update(same=False), ["NF4, quantise: as bitsandbytes', to the bit"]),
 ])
 def test_a_missed_target_is_told(spoil, missed, monkeypatch, tmp_path, capsys):
     results = copy.deepcopy(GOOD)
@@ -87,6 +106,8 @@ def test_a_missed_target_is_told(spoil, missed, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "generated_rows", lambda n: [])
     monkeypatch.setattr(bench, "real_files", dict)
     monkeypatch.setattr(bench, "bench_data", lambda rows, desc: results["data"]["some rows"])
+    monkeypatch.setattr(bench, "bench_lora", lambda: results["lora"])
+    monkeypatch.setattr(bench, "bench_nf4", lambda: results["nf4"])
     if missed:
         with pytest.raises(SystemExit) as left: bench.main()
         assert left.value.code == 1
@@ -99,6 +120,8 @@ def test_a_missed_target_is_told(spoil, missed, monkeypatch, tmp_path, capsys):
 def test_the_table_gives_speeds():
     rows = table(GOOD["training"]).loc["sftlab"]
     assert rows.to_dict() == {"median": 1.0, "least": 0.91, "most": 1.11}
+    assert table(GOOD["nf4"]["quantise"]).loc["sftlab", "median"] == 2 and table(GOOD["nf4"]["quantise"]).index.name == "million weights a second"
+    assert [*parts(GOOD)] == ["training the tiny model", "data: some rows", "training an adapter", "NF4, quantise", "NF4, dequantise"]
 
 
 def test_the_kept_results_are_of_the_same_work(root):

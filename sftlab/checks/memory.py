@@ -60,13 +60,17 @@ def _(parameters): return _held(parameters, state=lambda p: 2 * _bytes(p))
 @q1.mistake("one mean", "you count one running mean for each weight. AdamW keeps two: of the gradient and of its square.")
 def _(parameters): return _held(parameters, state=lambda p: p["trained"] * _bytes(p))
 
+# %% ../../exercises/solutions/06_memory.ipynb #fe91cdaa
+@q1.mistake("the weight is counted as a state", "your optimizer has three numbers for each trained weight. AdamW keeps two; the weight itself is counted under `weights`.")
+def _(parameters): return _held(parameters, state=lambda p: 3 * p["trained"] * _bytes(p))
+
 @q1.mistake("frozen weights cost nothing", "you leave frozen weights out of `weights`. They learn nothing, and the forward pass needs them all the same.")
 def _(parameters): return _held(parameters, weight=lambda p: p["trained"] * _bytes(p))
 
 @q1.mistake("all in float32", "you count 4 bytes for every number. A number in bfloat16 or float16 takes 2.")
 def _(parameters): return _held([dict(p, dtype="float32") for p in parameters])
 
-# %% ../../exercises/solutions/06_memory.ipynb #fe91cdaa
+# %% ../../exercises/solutions/06_memory.ipynb #efce266e
 @q1.mistake("all in 16 bits", "you count 2 bytes for every number. One in float32 takes 4, and so do its gradient and its means: adapters and the weights of mixed precision are float32.")
 def _(parameters): return _held([dict(p, dtype="float16") for p in parameters])
 
@@ -82,7 +86,7 @@ def _(parameters): return _held(parameters, _numbers, lambda p: p["trained"] * _
 @q1.mistake("a single number is none", "a tensor of the shape `()` holds one number; yours counts none.")
 def _(parameters): return _held([p for p in parameters if p["shape"]])
 
-# %% ../../exercises/solutions/06_memory.ipynb #6040ef6e
+# %% ../../exercises/solutions/06_memory.ipynb #3e190ebd
 def count(config):
     "Parameters: `embeddings`, `attention`, `mlp` and `norms`."
     # BEGIN SOLUTION
@@ -94,7 +98,7 @@ def count(config):
                 mlp=layers * 3 * hidden * config["intermediate_size"], norms=(2 * layers + 1) * hidden)
     # END SOLUTION
 
-# %% ../../exercises/solutions/06_memory.ipynb #d644aa5b
+# %% ../../exercises/solutions/06_memory.ipynb #35b243d2
 def _config(vocab, hidden, inner, layers, heads, kv, head=None, tied=True, bias=False):
     config = dict(vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=tied, qkv_bias=bias)
     return config | (dict(head_dim=head) if head else {})
@@ -110,7 +114,7 @@ def _(rng):
     return [(_config(10, 4, 6, 1, 1, 1),), (_config(10, 8, 12, 2, 2, 2, tied=False),), (_config(20, 8, 20, 3, 4, 2),), (_config(20, 8, 20, 2, 4, 1, head=8),), (_config(20, 8, 20, 2, 4, 4, head=5, tied=False),), (_config(30, 8, 9, 1, 4, 2, bias=True),),
             (_config(30, 12, 9, 2, 3, 1, head=2, bias=True),), (_config(16, 8, 24, 4, 2, 2, bias=True, tied=False),), (random(),), (random(),), (random(),)]
 
-# %% ../../exercises/solutions/06_memory.ipynb #3e190ebd
+# %% ../../exercises/solutions/06_memory.ipynb #06c9b6ff
 def _count(config, q=lambda hidden, heads, kv, head: hidden * heads * head, kv=lambda hidden, heads, kv, head: 2 * hidden * kv * head, o=lambda hidden, heads, kv, head: hidden * heads * head,
            bias=lambda hidden, heads, kv, head: (heads + 2 * kv) * head, mlp=3, norms=lambda layers: 2 * layers + 1, tables=lambda tied: 1 if tied else 2, layers=None, head=lambda config: config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])):
     hidden, n = config["hidden_size"], layers or config["num_hidden_layers"]
@@ -126,12 +130,18 @@ def _(config): return _count(config, mlp=2)
 @q2.mistake("tied tables count twice", "with `tie_word_embeddings` the output layer *is* the embedding: one table, to be counted once. (For a small model that is a large share.)")
 def _(config): return _count(config, tables=lambda tied: 2)
 
-# %% ../../exercises/solutions/06_memory.ipynb #35b243d2
 @q2.mistake("no output layer", "where `tie_word_embeddings` is false, the output layer is a table of its own, as large as the embedding; yours is missing.")
 def _(config): return _count(config, tables=lambda tied: 1)
 
+# %% ../../exercises/solutions/06_memory.ipynb #6abdd63b
 @q2.mistake("tied the wrong way round", "you count one table where they are not tied and two where they are.")
 def _(config): return _count(config, tables=lambda tied: 1 + tied)
+
+@q2.mistake("tied tables do not count", "with `tie_word_embeddings` there is one table for both ends, and it is there: count it once, not never.")
+def _(config): return _count(config, tables=lambda tied: 0 if tied else 2)
+
+@q2.mistake("tied tables do not count, one of the others", "tied tables are one table, and two where they are not tied; yours are none and one.")
+def _(config): return _count(config, tables=lambda tied: 0 if tied else 1)
 
 @q2.mistake("head_dim is not looked at", "you take heads times width to be `hidden_size` always. Some configs (Qwen3, Gemma) give a `head_dim` of their own; look there first.")
 def _(config): return count({name: value for name, value in config.items() if name != "head_dim"})
@@ -139,7 +149,7 @@ def _(config): return count({name: value for name, value in config.items() if na
 @q2.mistake("o is square", "your fourth matrix is `hidden x hidden`. It leads from the heads back, so it has `heads · head_dim` inputs; it is square only where that is `hidden_size`.")
 def _(config): return _count(config, o=lambda hidden, heads, kv, head: hidden * hidden)
 
-# %% ../../exercises/solutions/06_memory.ipynb #06c9b6ff
+# %% ../../exercises/solutions/06_memory.ipynb #fdeab267
 @q2.mistake("q and o are square", "your q and o are `hidden x hidden`. They are only where heads times `head_dim` is `hidden_size`.")
 def _(config): return _count(config, q=lambda hidden, heads, kv, head: hidden * hidden, o=lambda hidden, heads, kv, head: hidden * hidden)
 
@@ -155,7 +165,7 @@ def _(config): return _count(config, bias=lambda hidden, heads, kv, head: 3 * hi
 @q2.mistake("a head for one", "you take keys and values to have one head only (or forget how many): `num_key_value_heads` of them.")
 def _(config): return _count(config, kv=lambda hidden, heads, kv, head: 2 * hidden * head, bias=lambda hidden, heads, kv, head: (heads + 2) * head)
 
-# %% ../../exercises/solutions/06_memory.ipynb #6abdd63b
+# %% ../../exercises/solutions/06_memory.ipynb #afbde35d
 @q2.mistake("keys alone", "you count one matrix for keys and values; each has its own.")
 def _(config): return _count(config, kv=lambda hidden, heads, kv, head: hidden * kv * head, bias=lambda hidden, heads, kv, head: (heads + kv) * head)
 
@@ -168,7 +178,7 @@ def _(config): return _count(config, norms=lambda layers: layers + 1)
 @q2.mistake("one layer", "you count one layer; there are `num_hidden_layers`.")
 def _(config): return _count(config, layers=1)
 
-# %% ../../exercises/solutions/06_memory.ipynb #31d31226
+# %% ../../exercises/solutions/06_memory.ipynb #c607d232
 def first_too_large(lengths, batch_size, fixed, per_token, per_pair, card):
     "The number of the first batch that does not fit on the card, from 0, or None."
     # BEGIN SOLUTION
@@ -179,7 +189,7 @@ def first_too_large(lengths, batch_size, fixed, per_token, per_pair, card):
     return None
     # END SOLUTION
 
-# %% ../../exercises/solutions/06_memory.ipynb #40558547
+# %% ../../exercises/solutions/06_memory.ipynb #95f062c9
 q3 = Question("memory.first_too_large", "The batch that breaks the run", first_too_large, example=lambda: ([40, 10, 90, 20, 30, 200], 2, 2**29, 2**21, 0, 1), stars=2, minutes=12, hints=[
     "How many tokens, padding included, has a batch with rows of 40 and 10?",
     "Rows times the longest of them; for pairs, rows times its square. `max(batch)` of each batch, not of all rows.",
@@ -194,7 +204,7 @@ def _(rng):
             ([30, 20, 60, 10, 90, 10], 2, half, token, token // 32, 1), ([5, 5, 5, 5, 300, 10], 2, half, 1000, 3000, 1), ([40, 90, 12, 90, 60, 10, 64], 3, 2 * half, token, token // 16, 2), ([70, 40], 2, 2**30 + 1, 1, 0, 1), ([10, 200, 10, 20], 2, 2**30 - 400, 1, 0, 1), ([450, 460, 500, 511], 1, half, token, 0, 1), ([20, 20, 30, 520], 3, half, token, 0, 1), ([30, 10, 20, 15, 600], 2, half, token, 0, 1), (lengths(24), 4, half, token, 0, 1), (lengths(20), 4, half, token, rng.choice([0, 3000]), 1),
             ([9, 11, 13, 4, 5], 2, 3 * half, 20 * token, token // 4, 2), ([33, 12, 40, 8], 2, 3 * half, 5 * token, token // 8, 2), ([230, 10, 10], 2, 40 * 2**20, 2 * token, 0, 1), ([25, 30, 35, 5], 4, half, token, token // 8, 1)]
 
-# %% ../../exercises/solutions/06_memory.ipynb #298ebec1
+# %% ../../exercises/solutions/06_memory.ipynb #829edab2
 def _first(lengths, size, fixed, token, pair, card, rows=lambda batch, size: len(batch), longest=lambda batch, all: max(batch), tokens=None, pairs=None, fits=lambda need, card: need <= card * 2**30, first=0, drop=False, none=None, add=False):
     batches, before = [lengths[i:i + size] for i in range(0, len(lengths), size)], 0
     if drop and batches and len(batches[-1]) < size: batches.pop()
@@ -211,7 +221,7 @@ def _(*args): return _first(*args, tokens=lambda batch, b, n: sum(batch), pairs=
 @q3.mistake("padding has no pairs", "your tokens are padded and your pairs are not. Attention is computed for the padding, too: rows times the square of the longest.")
 def _(*args): return _first(*args, pairs=lambda batch, b, n: sum(x * x for x in batch))
 
-# %% ../../exercises/solutions/06_memory.ipynb #c607d232
+# %% ../../exercises/solutions/06_memory.ipynb #389d5b4a
 @q3.mistake("one row", "you count the longest row alone; the batch holds several, all of that length.")
 def _(*args): return _first(*args, rows=lambda batch, size: 1)
 
@@ -224,7 +234,7 @@ def _(*args): return _first(*args, pairs=lambda batch, b, n: (b * n) ** 2)
 @q3.mistake("no pairs", "you leave out the pairs. With eager attention, they are what makes long rows dear.")
 def _(*args): return _first(*args, pairs=lambda batch, b, n: 0)
 
-# %% ../../exercises/solutions/06_memory.ipynb #95f062c9
+# %% ../../exercises/solutions/06_memory.ipynb #06627d07
 @q3.mistake("GB for GiB", "you take 10**9 bytes for a GiB. It has 2**30, which is 7 % more; a \"24 GB\" card has nearly 24 GiB, and torch says \"GiB\".")
 def _(*args): return _first(*args, fits=lambda need, card: need <= card * 10**9)
 
@@ -240,7 +250,7 @@ def _(*args): return _first(*args, rows=lambda batch, size: size)
 @q3.mistake("the last batch is left out", "you leave out the last batch where it is smaller. It may hold the longest row of all.")
 def _(*args): return _first(*args, drop=True)
 
-@q3.mistake("padded to the longest of all", "you pad every batch to the longest row of the whole data. Each is padded to its own longest; that is why the run went well for so long.")
+@q3.mistake("padded to the longest of all", "you pad every batch to the longest row of the whole data, or sort the rows so that it comes first. Batches come in the order of `lengths`, each padded to its own longest; that is why the run went well for so long.")
 def _(*args): return _first(*args, longest=lambda batch, all: max(all))
 
 @q3.mistake("the first row is the longest", "you take a batch's first row for its longest.")
@@ -249,11 +259,14 @@ def _(*args): return _first(*args, longest=lambda batch, all: batch[0])
 @q3.mistake("memory adds up", "in your function the batches add up. What a batch needed is free again before the next one; only `fixed` stays. (That it adds up is just what people suspect when they say \"leak\".)")
 def _(*args): return _first(*args, add=True)
 
-# %% ../../exercises/solutions/06_memory.ipynb #829edab2
+# %% ../../exercises/solutions/06_memory.ipynb #ba6648eb
 @q3.mistake("the largest instead of the first", "you give the largest batch. It may not be the first that is too large; the run does not come as far.")
 def _(lengths, size, *rest):
     need = lambda batch: len(batch) * max(batch) * (rest[1] + max(batch) * rest[2])
     return None if first_too_large(lengths, size, *rest) is None else max(range(math.ceil(len(lengths) / size)), key=lambda i: need(lengths[i * size:i * size + size]))
+
+@q3.mistake("sorted", "you sort the rows first. That is a good idea for a trial run, longest first; here they come in the order of `lengths`.")
+def _(lengths, *rest): return first_too_large(sorted(lengths), *rest)
 
 @q3.mistake("counts from 1", "you count batches from 1; here the first is 0.")
 def _(*args): return _first(*args, first=1)
@@ -267,7 +280,7 @@ def _(*args): return _first(*args, none=-1)
 @q3.mistake("only the batch counts", "you leave `fixed` out. Weights, gradients and optimizer lie on the card all the time.")
 def _(lengths, size, fixed, *rest): return _first(lengths, size, 0, *rest)
 
-# %% ../../exercises/solutions/06_memory.ipynb #bdbbf21e
+# %% ../../exercises/solutions/06_memory.ipynb #4dee6823
 def fullest(saved, entering, every):
     "Bytes of activations at the fullest moment."
     # BEGIN SOLUTION
@@ -275,7 +288,7 @@ def fullest(saved, entering, every):
     return max((number * entering + segment for number, segment in enumerate(segments, 1)), default=0)
     # END SOLUTION
 
-# %% ../../exercises/solutions/06_memory.ipynb #239769ba
+# %% ../../exercises/solutions/06_memory.ipynb #69962fae
 q4 = Question("memory.checkpointing", "When is memory fullest?", fullest, example=lambda: ([10, 10, 10, 10, 10], 2, 2), stars=3, minutes=20, hints=[
     "Draw it for five layers and segments of two: what lies there at the end of the forward pass? And while the backward pass works on the last segment, the middle one, the first?",
     "While it works on segment number s (the first is 1), what entered segments 1 to s is still there, and what entered later ones is gone.",
@@ -287,7 +300,7 @@ def _(rng):
     return [([7], 3, 1), ([5, 5], 3, 1), ([5, 5, 5, 5], 3, 2), ([5, 5, 5, 5], 3, 4), ([5, 5, 5], 3, 9), ([50, 4, 4, 4, 4], 3, 2), ([4, 4, 9, 9, 4, 4], 6, 2), ([20, 20, 20, 20, 1], 2, 2), ([30, 1, 1, 28, 3, 3], 2, 3), ([1, 1, 1, 1, 1, 1, 1], 8, 3), ([], 4, 2),
             ([10, 40, 10, 40, 10, 40], 5, 2), ([90, 5, 5, 5, 5, 5, 5, 5], 7, 1), ([6] * 12, 5, 4), (layers, rng.randint(5, 20), 2), (layers, rng.randint(5, 20), 3), (layers[::-1], rng.randint(5, 20), 4)]
 
-# %% ../../exercises/solutions/06_memory.ipynb #2a7c5fe9
+# %% ../../exercises/solutions/06_memory.ipynb #4a8dc4a6
 def _fullest(saved, entering, every, kept=lambda number, segments: number, work=sum, take=max, rest=True):
     segments = [saved[i:i + every] for i in range(0, len(saved), every)]
     if not rest and len(segments[-1:]) and len(segments[-1]) < every: segments.pop()
@@ -305,7 +318,7 @@ def _(*args): return _fullest(*args, kept=lambda number, segments: segments)
 @q4.mistake("freed from the front", "you free what was kept from the front. The backward pass begins at the end: at segment s the ones *after* it are done.")
 def _(*args): return _fullest(*args, kept=lambda number, segments: segments - number + 1)
 
-# %% ../../exercises/solutions/06_memory.ipynb #35a744f6
+# %% ../../exercises/solutions/06_memory.ipynb #97f8d7ca
 @q4.mistake("what entered it is freed too early", "what entered a segment is needed to compute it anew, and is there until the backward pass is through with the segment: s of them, not s - 1.")
 def _(*args): return _fullest(*args, kept=lambda number, segments: number - 1)
 
@@ -318,7 +331,7 @@ def _(*args): return _fullest(*args, take=lambda needs: needs[-1])
 @q4.mistake("only the first segment", "you look at the end of the backward pass. While it works on later segments more is kept, and they may be larger.")
 def _(*args): return _fullest(*args, take=lambda needs: needs[0])
 
-# %% ../../exercises/solutions/06_memory.ipynb #4dee6823
+# %% ../../exercises/solutions/06_memory.ipynb #68623b3a
 @q4.mistake("as without checkpointing", "you add up what all layers save. That is how it is without checkpointing; here only one segment's is there at a time.")
 def _(saved, entering, every): return math.ceil(len(saved) / every) * entering + sum(saved)
 
@@ -331,6 +344,12 @@ def _(*args): return _fullest(*args, rest=False)
 @q4.mistake("so many segments", "you take `every` for the number of segments; it is the number of layers in one. (PyTorch's `checkpoint_sequential` does take the number of segments: a common mix-up.)")
 def _(saved, entering, every): return _fullest(saved, entering, max(1, math.ceil(len(saved) / every)))
 
+@q4.mistake("the short segment first", "your first segment is the shorter one. Segments are counted off from the front; what is left is the last.")
+def _(saved, entering, every):
+    left = len(saved) % every
+    return max([number * entering + sum(segment) for number, segment in enumerate([saved[:left]] * bool(left) + [saved[i:i + every] for i in range(left, len(saved), every)], 1)] or [0])
+
+# %% ../../exercises/solutions/06_memory.ipynb #93c88546
 @q4.mistake("all layers alike", "you take all layers to be alike (as large as the first, or as the mean).")
 def _(saved, entering, every): return _fullest(saved[:1] * len(saved), entering, every)
 
@@ -340,18 +359,18 @@ def _(saved, entering, every): return _fullest([sum(saved) / len(saved)] * len(s
 @q4.mistake("fails without layers", "no layers, no bytes: 0. Yours ends with an error (`max` of nothing).")
 def _(saved, entering, every): return _fullest(saved, entering, every) if saved else max(saved)
 
-# %% ../../exercises/solutions/06_memory.ipynb #21a8f467
+# %% ../../exercises/solutions/06_memory.ipynb #a7b575d1
 def chunked_loss(hidden, labels, head, rows):
     "Mean cross-entropy of all targets, with never more than `rows` rows of logits at a time."
     # BEGIN SOLUTION
-    from torch.nn.functional import cross_entropy
+    import torch.nn.functional as F
     hidden, labels = hidden[:-1], labels[1:]
     total = hidden.new_zeros(())
-    for i in range(0, len(labels), rows): total = total + cross_entropy(head(hidden[i:i + rows]), labels[i:i + rows], reduction="sum")
+    for i in range(0, len(labels), rows): total = total + F.cross_entropy(head(hidden[i:i + rows]), labels[i:i + rows], reduction="sum")
     return total / (labels != -100).sum().clamp(min=1)
     # END SOLUTION
 
-# %% ../../exercises/solutions/06_memory.ipynb #26b45ca6
+# %% ../../exercises/solutions/06_memory.ipynb #15743989
 class _Head:
     "An output layer that has no room for more than `rows` rows of logits."
     def __init__(self, weight, rows): self.weight, self.rows = weight, rows
@@ -375,10 +394,10 @@ def _(rng):
     return [_text(rng, *args) for args in [([2, 1], 1), ([2, 1, 0], 2), (tokens(5), 2), (tokens(6), 5), (tokens(6), 9), (tokens(4, 3), 2), (tokens(3, 5), 2), ([1, 2, -100, 3, -100, -100, 0], 3), ([-100] * 4, 2), ([3], 2), ([3, -100, -100], 1), (tokens(5), 1), (tokens(rng.randint(6, 8), rng.randint(1, 4)), 3), (tokens(rng.randint(8, 11)), 4),
             ([-100, 0, 2, -100, -100, -100, 1, 3, 2], 4)]]
 
-# %% ../../exercises/solutions/06_memory.ipynb #288cf4a7
+# %% ../../exercises/solutions/06_memory.ipynb #51a6a527
 def _ce(*args, **kwargs):
-    from torch.nn.functional import cross_entropy
-    return cross_entropy(*args, **kwargs)
+    import torch.nn.functional as F
+    return F.cross_entropy(*args, **kwargs)
 
 def _whole(hidden, head): return hidden @ head.weight.T
 
@@ -392,7 +411,7 @@ def _pieces(hidden, labels, head, rows): # mean and number of targets of each pi
 
 def _mean(values, hidden): return sum(values, hidden.new_zeros(())) / max(len(values), 1)
 
-# %% ../../exercises/solutions/06_memory.ipynb #544635f5
+# %% ../../exercises/solutions/06_memory.ipynb #be9ceacf
 @q5.mistake("all at once", "you give `head` the whole text at once, and there is no room for so many logits. At most `rows` rows at a time.")
 def _(hidden, labels, head, rows):
     if len(labels) - 1 > rows: raise MemoryError
@@ -407,7 +426,7 @@ def _(hidden, labels, head, rows): return _mean([mean if n else 0 * hidden.sum()
 @q5.mistake("means of all rows weighted alike", "you take the mean of each piece times its number of rows. The mean is over targets: weigh it by their number, or add up sums.")
 def _(hidden, labels, head, rows): return sum((mean * len(l) for (mean, n), l in zip(_pieces(hidden, labels, head, rows), labels[1:].split(rows)) if n), hidden.new_zeros(())) / max(len(labels) - 1, 1)
 
-# %% ../../exercises/solutions/06_memory.ipynb #bcdbf015
+# %% ../../exercises/solutions/06_memory.ipynb #936e309b
 @q5.mistake("shifted in every piece", "you shift inside of each piece, so at each cut one target is lost. Shift once, before you cut.")
 def _(hidden, labels, head, rows):
     kept = [_losses(h, l, head) for h, l in zip(hidden.split(rows), labels.split(rows))]
@@ -416,9 +435,19 @@ def _(hidden, labels, head, rows):
 @q5.mistake("no shift", "you compare a row with its own label, which the model has just read. A row speaks of the next: `hidden[:-1]` belongs to `labels[1:]`.")
 def _(hidden, labels, head, rows): return _ce(_whole(hidden, head), labels, reduction="sum") / (labels != -100).sum().clamp(min=1)
 
+@q5.mistake("shifted the wrong way", "you shifted, but the wrong way: a row is compared with the label *before* it. `hidden[:-1]` belongs to `labels[1:]`.")
+def _(hidden, labels, head, rows): return _ce(_whole(hidden[1:], head), labels[:-1], reduction="sum") / (labels[:-1] != -100).sum().clamp(min=1)
+
+@q5.mistake("masked rows taken out before the shift", "you take the masked rows out first and shift afterwards, so labels move to other rows: the first target is now predicted by nobody. Shift, then leave out.")
+def _(hidden, labels, head, rows): return chunked_loss(hidden[labels != -100], labels[labels != -100], head, rows)
+
+@q5.mistake("only the last piece", "your sum holds the last piece alone: it begins anew with each.")
+def _(hidden, labels, head, rows): return chunked_loss(hidden[(n := max(len(labels) - 2, 0) // rows * rows):], labels[n:], head, rows) * (labels[n + 1:] != -100).sum() / (labels[1:] != -100).sum().clamp(min=1)
+
 @q5.mistake("the last piece is missing", "what is left after the last full piece is missing. The last piece may be shorter.")
 def _(hidden, labels, head, rows): return chunked_loss(hidden[:(n := (len(labels) - 1) // rows * rows) + 1], labels[:n + 1], head, rows)
 
+# %% ../../exercises/solutions/06_memory.ipynb #8fd20050
 @q5.mistake("the last piece counts, its losses do not", "what is left after the last full piece is missing in the sum.")
 def _(hidden, labels, head, rows): return chunked_loss(hidden[:(n := (len(labels) - 1) // rows * rows) + 1], labels[:n + 1], head, rows) * (labels[1:n + 1] != -100).sum() / (labels[1:] != -100).sum().clamp(min=1)
 
@@ -431,7 +460,7 @@ def _(hidden, labels, head, rows): return _share(hidden, labels, head, len(label
 @q5.mistake("targets counted before the shift", "you count the targets before the shift. The first label has no row that speaks of it, so it is none.")
 def _(hidden, labels, head, rows): return _share(hidden, labels, head, (labels != -100).sum().item())
 
-# %% ../../exercises/solutions/06_memory.ipynb #a7b575d1
+# %% ../../exercises/solutions/06_memory.ipynb #ae44cf25
 @q5.mistake("a sum", "that is the sum; the mean divides by the number of targets.")
 def _(hidden, labels, head, rows): return _share(hidden, labels, head, 1)
 
@@ -452,7 +481,7 @@ def _(hidden, labels, head, rows):
     if (labels[1:] == -100).any(): raise IndexError
     return chunked_loss(hidden, labels, head, rows)
 
-# %% ../../exercises/solutions/06_memory.ipynb #b0035a7b
+# %% ../../exercises/solutions/06_memory.ipynb #847debf5
 q6 = OpenQuestion("memory.sixteen_of_24", "Sixteen of twenty-four", stars=2, minutes=12, rubric=[
     "60 GB for 7B is weights, gradients and both means all in 16 bits (8 bytes a parameter, 56 GB). Ordinary mixed precision is 16 bytes: 112 GB, before any activation.",
     "The blog's figures name neither batch nor length. Frozen weights need activations all the same, as the gradient has to pass through them; they grow with batch times length, so 16 GB says nothing about 4 rows of 8,192.",

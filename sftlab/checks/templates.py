@@ -77,6 +77,10 @@ def _(messages): return _chatml(messages).rstrip() if messages[-1]["role"] == "a
 @q1.mistake("an empty beginning is closed", "an answer begun with nothing, `\"\"`, is begun too: its turn is open (look at the role, not at the content).")
 def _(messages): return _chatml(messages, begun="" if messages[-1]["content"] else "<|im_end|>\n<|im_start|>assistant\n")
 
+# %% ../../exercises/solutions/03_templates.ipynb #8f7e38b2
+@q1.mistake("only the line end is taken away", "behind the begun answer `<|im_end|>` still stands; you take its line end away, and both have to go.")
+def _(messages): return _chatml(messages, begun="<|im_end|>")
+
 # %% ../../exercises/solutions/03_templates.ipynb #8c820ec9
 def join_parts(first, second, bos):
     "The ids of both parts, with one BOS at the beginning."
@@ -97,7 +101,7 @@ def _(rng):
     ids = lambda: [rng.randrange(10, 99) for _ in range(rng.randint(1, 4))]
     b = rng.randrange(3)
     return [(ids(), ids(), b), ([b] + ids(), ids(), b), (ids(), [b] + ids(), b), ([b] + ids(), [b] + ids(), b), ([b] + ids() + [b] + ids(), [b] + ids() + [b], b), (ids() + [b] + ids(), ids() + [b] + ids(), b),
-            ([], [b] + ids(), b), ([b] + ids(), [], b), ([], [], b), ([b], [b], b), (ids(), ids(), None), ([], ids(), None), ([b] + ids(), [b] + ids(), None), (ids(), [], b), ([b] + ids(), ids() + [b], b), (ids(), [0] + ids(), 0), ([0] + ids(), ids(), 0)]
+            ([], [b] + ids(), b), ([b] + ids(), [], b), ([], [], b), ([b], [b], b), (ids(), ids(), None), ([], ids(), None), ([b] + ids(), [b] + ids(), None), (ids(), [], b), ([b] + ids(), ids() + [b], b), (ids() + [b], ids(), b), ([b] + ids() + [b], [b] + ids(), b), (ids(), [0] + ids(), 0), ([0] + ids(), ids(), 0)]
 
 # %% ../../exercises/solutions/03_templates.ipynb #4578b949
 def _off(part, bos): return part[1:] if part[:1] == [bos] else part
@@ -128,6 +132,10 @@ def _(first, second, bos): return [bos] + _off(first, bos) + _off(second, bos) i
 
 @q2.mistake("looks anywhere for BOS", "you ask whether there is a BOS *somewhere* in a part (`in`); what counts is its first token.")
 def _(first, second, bos): return first + second if bos is None else [bos] * (bos not in first) + first + (second[1:] if bos in second else second)
+
+# %% ../../exercises/solutions/03_templates.ipynb #1c206b6f
+@q2.mistake("a BOS at the end goes", "a BOS at the end of the first part is gone. It stands there because something begins behind it; only those in front of a part are too many.")
+def _(first, second, bos): return first + second if bos is None else [bos] + [i for at, i in enumerate(_off(first, bos), 1) if i != bos or at < len(_off(first, bos))] + _off(second, bos)
 
 # %% ../../exercises/solutions/03_templates.ipynb #c3f65f5a
 def fold_system(messages):
@@ -216,6 +224,10 @@ def _(messages): return _folded(messages, lambda text, rest: [dict(rest[0], cont
 @q3.mistake("trims the folded text", "you take white space off the ends of the folded text. Folding puts texts together as they are.")
 def _(messages): return _folded(messages, lambda text, rest: [dict(rest[0], content=_into(text, rest[0])["content"].strip())] + rest[1:])
 
+# %% ../../exercises/solutions/03_templates.ipynb #f8a11c66
+@q3.mistake("trims the system text", "you take white space off the system text. Folding puts the texts together as they are, and only `\"\"` is empty.")
+def _(messages): return _folded(messages, lambda text, rest: [_into(text.strip(), rest[0])] + rest[1:] if text.strip() else rest)
+
 # %% ../../exercises/solutions/03_templates.ipynb #22bc380a
 def cut_special(pieces, special):
     "The parts of a layout: (text, whether it is a special token)."
@@ -238,7 +250,7 @@ q4 = Question("templates.cut_special", "Typed or meant", cut_special, example=la
 
 @q4.inputs
 def _(rng):
-    a, b, c = (f"<{letter}{rng.randrange(10)}>" for letter in rng.sample("bcdfgh", 3))
+    a, b, c = (f"{left}{letter}{rng.randrange(10)}{right}" for letter, (left, right) in zip(rng.sample("bcdfgh", 3), [("<", ">"), ("<", ">"), ("<|", "|>")]))
     word = lambda: rng.choice(["hi", " in ", "\n", "user", ": "]) + str(rng.randrange(100))
     layouts = [[(a + word(), True), (word(), False), (b + "\n", True)], [(word(), True), (word() + a + word(), False), (b, True)], [(a + word() + b, True)], [(b, True), (a, False), (b, True)], [(a + b + c, True)], [(word() + a, True), (word(), False)],
                [(word(), True), (word(), False), (word(), True)], [], [("", False)], [(a, True), ("", False), (a, True)], [(c + word() + a + word() + b + word(), True), (a, False)], [(word() + b, False), (b[:2], False), (b[2:], True)],
@@ -313,6 +325,15 @@ def _(pieces, special):
                 parts += [(before, False), (token, True)]
         return parts + [(text, False)]
     return _cut(pieces, special, mark=listed)
+
+# %% ../../exercises/solutions/03_templates.ipynb #52c83680
+@q4.mistake("a pattern that is not escaped", "you make a regular expression of the special tokens as they are. `|` means *or* there, and `<|im_end|>` falls apart: `re.escape(token)`.")
+def _(pieces, special):
+    import re
+    return _cut(pieces, special, mark=lambda text, special: [(part, part in special) for part in re.split("(" + "|".join(special) + ")", text) if part] if special else [(text, False)])
+
+@q4.mistake("a typed token alone becomes special", "where somebody typed a special token and nothing else, it becomes special: you ask whether a part is in `special`, and not who wrote it.")
+def _(pieces, special): return _cut(pieces, special, typed=lambda text, special: [(text, text in special)])
 
 # %% ../../exercises/solutions/03_templates.ipynb #242c158e
 def read_chatml(text):
@@ -414,6 +435,26 @@ def _(text):
 def _(text):
     import re
     return _back(re.sub(r"(^|<\|im_end\|>)\s+(?=<\|im_start\|>|$)", lambda found: found[1] + "\n" * bool(found[1]), text))
+
+# %% ../../exercises/solutions/03_templates.ipynb #cf911ac5
+def _by_pattern(text, ending=r"(?:\n|\Z)", several=True):
+    import re
+    messages, turn = [], re.compile(r"<\|im_start\|>(system|user|assistant)\n(.*?)<\|im_end\|>" + ending, re.DOTALL if several else 0)
+    while found := turn.match(text):
+        messages.append(dict(role=found[1], content=found[2]))
+        text = text[found.end():]
+    head = "<|im_start|>assistant\n"
+    if text and (not text.startswith(head) or "<|im_end|>" in text): raise ValueError
+    return messages, text[len(head):] if text else None
+
+@q5.mistake("a content goes on over <|im_end|>", "where the line end behind `<|im_end|>` is missing, your content goes on to a later `<|im_end|>` (as `.*?` does, if what follows does not fit). A content ends at the first one: raise a ValueError.")
+def _(text): return _by_pattern(text)
+
+@q5.mistake("the line end may be missing anywhere", "you accept a turn without its last line end between others. It may be missing behind the very last `<|im_end|>` alone: raise a ValueError.")
+def _(text): return _by_pattern(text, r"\n?")
+
+@q5.mistake("a content of several lines is refused", "a content of several lines is refused. In a regular expression `.` stands for anything but a line end, unless you say `re.DOTALL`.")
+def _(text): return _by_pattern(text, several=False)
 
 # %% ../../exercises/solutions/03_templates.ipynb #a56c3cd0
 q6 = OpenQuestion("templates.fine_in_training", "Fine in training", stars=2, minutes=12, rubric=[

@@ -58,6 +58,15 @@ def _(steps, n, batch_size, accumulation): return min(n, steps * batch_size * ac
 @q1.mistake("a share of the epochs", "you take each step for an equal share of an epoch. It is so for the progress bar; the rows are not shared out evenly, the last step has fewer.")
 def _(steps, n, batch_size, accumulation): return steps / math.ceil(n / (batch_size * accumulation)) * n
 
+# %% ../../exercises/solutions/05_training.ipynb #a68412cd
+@q1.mistake("a last step of no rows", "where the rows of an epoch come out even (8 rows, 4 at a time), you count the last step as nothing: the remainder is 0 there, and the step is a full one.")
+def _(steps, n, batch_size, accumulation):
+    size, per_epoch = batch_size * accumulation, math.ceil(n / (batch_size * accumulation))
+    return sum(n % size if (step + 1) % per_epoch == 0 else size for step in range(steps))
+
+@q1.mistake("a short batch is dropped", "a batch that is not full is missing from your count. Each epoch goes through all `n` rows.")
+def _(steps, n, batch_size, accumulation): return rows_seen(steps, full, batch_size, accumulation) if (full := n // batch_size * batch_size) else 0
+
 # %% ../../exercises/solutions/05_training.ipynb #225a5d41
 def measured(batches):
     "Loss in nats a token, and perplexity, of batches given as pairs `(mean loss, targets)`."
@@ -78,7 +87,7 @@ q2 = Question("training.perplexity", "From batches to perplexity", measured, exa
 def _(rng):
     one = lambda most=3.0: (round(rng.uniform(0.1, most), 3), rng.randint(2, 9))
     return [([one()],), ([(0.5, 2), (2.5, 8)],), ([one(), one(), one()],), ([(math.nan, 0), one()],), ([one(), (math.nan, 0), one()],), ([],), ([(math.nan, 0)],), ([(math.nan, 0), (math.nan, 0)],),
-            ([(0.0, 5), one()],), ([(0.0, 3)],), ([(3.0, 9), (0.2, 3)],), ([one(1.0) for _ in range(rng.randint(4, 6))],)]
+            ([(0.0, 5), one()],), ([(0.0, 3)],), ([(3.0, 9), (0.2, 3)],), ([one(1.0) for _ in range(rng.randint(4, 6))],), ([one(), (math.nan, rng.randint(2, 9)), one()],)]
 
 # %% ../../exercises/solutions/05_training.ipynb #23599ca9
 def _measured(batches, loss=lambda some: sum(mean * n for mean, n in some) / sum(n for _, n in some), perplexity=lambda loss, some: math.exp(loss), none=ValueError):
@@ -119,6 +128,13 @@ def _(batches): return _measured(batches) if any(n for _, n in batches) else (0.
 
 @q2.mistake("divides by zero", "where no batch has a target, a ZeroDivisionError comes out of your function. It says nothing about what is wrong: look first, and raise a ValueError that does.")
 def _(batches): return _measured(batches, none=ZeroDivisionError)
+
+# %% ../../exercises/solutions/05_training.ipynb #73639636
+@q2.mistake("a broken model looks whole", "a batch that has targets and a loss of NaN disappears, so a model that has broken down looks fine. Leave out the batches without targets, and no others: look at the number, not at the loss.")
+def _(batches): return _measured([(mean, n) for mean, n in batches if not math.isnan(mean)])
+
+@q2.mistake("a batch without targets counts", "a batch without targets is counted as if it had one. It adds nothing above the line, and is to add nothing below it.")
+def _(batches): return _measured(batches, lambda some: sum(mean * n for mean, n in some) / sum(max(n, 1) for _, n in batches))
 
 # %% ../../exercises/solutions/05_training.ipynb #da2d2b5c
 def clipped(gradients, max_norm):
@@ -250,6 +266,10 @@ def _(*args): return _factor(*args, fall=lambda done: (1 + math.cos(180 * done))
 
 @q4.mistake("divides by zero", "in a run of one step your function divides by zero: the top is the last step there, and nothing falls.")
 def _(*args): return _factor(*args, done=lambda step, steps, warmup: (step - max(warmup - 1, 0)) / (steps - 1 - max(warmup - 1, 0)))
+
+# %% ../../exercises/solutions/05_training.ipynb #64e57e03
+@q4.mistake("the top before the run", "without warm-up your top is step -1, so that step 0 is already on its way down. It is to be `max(warmup - 1, 0)`.")
+def _(step, steps, warmup, lowest): return _factor(step, steps, warmup, lowest, done=lambda step, steps, warmup: (step - warmup + 1) / max(steps - warmup, 1))
 
 # %% ../../exercises/solutions/05_training.ipynb #84be415a
 def adamw(weight, gradient, m, v, step, lr, weight_decay):
