@@ -302,7 +302,7 @@ def lora_targets(targets:list, r:int, seed:int) -> dict:
     "Which layers: LoRA on 300 rows, at one rank; and on q and v alone with as many parameters as r = 8 has on all layers. (All layers with r = 8 are in 07_lora_rank.)"
     return _lora_run(seed, r=r, targets=targets)
 
-@experiment("07_lora_alpha", [dict(alpha=4, learning_rate=5e-3), dict(alpha=64, learning_rate=5e-3), dict(alpha=4, learning_rate=2e-2), dict(alpha=64, learning_rate=1.25e-3)], files=(*_TINY, *_TEXTS))
-def lora_alpha(alpha:float, learning_rate:float, seed:int) -> dict:
-    "A quarter of alpha and four times as much, at one learning rate and with the rate moved the other way: LoRA on 300 rows with r = 8. (alpha = 16 is in 07_lora_rank.)"
-    return _lora_run(seed, alpha=alpha, learning_rate=learning_rate)
+@experiment("07_lora_alpha", [dict(r=8, alpha=64, learning_rate=5e-3), dict(r=8, alpha=64, learning_rate=1.25e-3), dict(r=32, alpha=16, learning_rate=5e-3)], files=(*_TINY, *_TEXTS))
+def lora_alpha(r:int, alpha:float, learning_rate:float, seed:int) -> dict:
+    "Four times the alpha, at the same learning rate and at a quarter of it; and four times the rank with the same alpha: LoRA on 300 rows. (r = 8 and r = 32 with alpha = 2r are in 07_lora_rank.)"
+    return _lora_run(seed, r=r, alpha=alpha, learning_rate=learning_rate)

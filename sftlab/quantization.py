@@ -142,7 +142,7 @@ def dequantize_absmax(
     values = dynamic_values().to(q.codes.device)[q.absmax.int()]
     return values * q.scales.repeat_interleave(256)[:len(values)] + q.offset
 
-# %% ../nbs/08_qlora.ipynb #c3011b8d
+# %% ../nbs/08_qlora.ipynb #e531f4be
 class _Matmul(torch.autograd.Function):
     "x W^T + bias, W in four bits: dequantised in the forward pass, and again in the backward pass."
     @staticmethod
@@ -152,7 +152,7 @@ class _Matmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_x = grad @ ctx.layer.dequantize(grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, None
 
 # %% ../nbs/08_qlora.ipynb #6d48b879
@@ -177,7 +177,7 @@ class Linear4bit(nn.Module):
         return _Matmul.apply(x.to(dtype), None if self.bias is None else self.bias.to(dtype), self).to(x.dtype)
     def extra_repr(self): return f"in_features={self.in_features}, out_features={self.out_features}, {self.quantized}"
 
-# %% ../nbs/08_qlora.ipynb #620322ff
+# %% ../nbs/08_qlora.ipynb #4b73c7c5
 def quantize_model(
     model, # a causal language model without an adapter; is changed in place
     skip:tuple=("lm_head",), # names, or ends of names, of layers that stay
@@ -187,10 +187,16 @@ def quantize_model(
     if any("lora_" in name for name, _ in model.named_parameters()): raise QuantizationError("the model has an adapter: quantise first, then put the adapter on")
     found = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not any(f".{name}".endswith(f".{end}") for end in skip)]
     if not found: raise QuantizationError("the model has no linear layer to quantise" + (": it is quantised already" if any(isinstance(m, Linear4bit) for m in model.modules()) else ""))
+    layers = {}
     for name in found:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, Linear4bit(model.get_submodule(name), block, double, code, compute_dtype))
+        try: layers[name] = Linear4bit(model.get_submodule(name), block, double, code, compute_dtype)
+        except QuantizationError as e: raise QuantizationError(f"{name}: {e}") from None
+    for name, layer in layers.items(): _put(model, name, layer)
     return model.requires_grad_(False)
+
+def _put(model, name, module):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 # %% ../nbs/08_qlora.ipynb #be115ff9
 def bits_per_parameter(
@@ -227,7 +233,7 @@ def keep_gradients(
         if hasattr(m, "support_avx512bf16_for_cpu"): m.support_avx512bf16_for_cpu = False
     return model
 
-# %% ../nbs/08_qlora.ipynb #d4f29a46
+# %% ../nbs/08_qlora.ipynb #06a77352
 def dequantize_model(
     model, # with `Linear4bit` layers, with or without adapters around them; is changed in place
 ): # the model
@@ -236,6 +242,5 @@ def dequantize_model(
         if not isinstance(m, Linear4bit): continue
         linear = nn.utils.skip_init(nn.Linear, m.in_features, m.out_features, bias=False, device=m.codes.device, dtype=m.form["dtype"])
         linear.weight, linear.bias = nn.Parameter(m.dequantize(), requires_grad=False), m.bias
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, linear)
+        _put(model, name, linear)
     return model

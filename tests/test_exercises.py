@@ -99,7 +99,7 @@ def test_keys_are_unique_and_stay():
     assert {"generation.temperature", "generation.top_p", "generation.stop_sequences", "generation.pad_left", "generation.answer_loss", "generation.is_it_better",
             "data.sharegpt", "data.jsonl", "data.jaccard", "data.split_by_key", "data.to_alpaca", "data.too_good",
             "templates.chat_prompt", "templates.join_parts", "templates.fold_system", "templates.cut_special", "templates.read_chatml", "templates.fine_in_training",
-            "masking.row_labels", "masking.batch_labels", "masking.fit", "masking.masked_loss", "masking.better_loss",
+            "masking.row_labels", "masking.batch_labels", "masking.fit", "masking.masked_loss", "masking.shares", "masking.better_loss",
             "training.rows_seen", "training.perplexity", "training.clip", "training.schedule", "training.adamw", "training.which_batch"} <= set(keys)
 
 # the notebooks

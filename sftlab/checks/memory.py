@@ -61,7 +61,7 @@ def _(parameters): return _held(parameters, state=lambda p: 2 * _bytes(p))
 def _(parameters): return _held(parameters, state=lambda p: p["trained"] * _bytes(p))
 
 # %% ../../exercises/solutions/06_memory.ipynb #fe91cdaa
-@q1.mistake("the weight is counted as a state", "your optimizer has three numbers for each trained weight. AdamW keeps two; the weight itself is counted under `weights`.")
+@q1.mistake("the weight is counted as a state", "your optimiser has three numbers for each trained weight. AdamW keeps two; the weight itself is counted under `weights`.")
 def _(parameters): return _held(parameters, state=lambda p: 3 * p["trained"] * _bytes(p))
 
 @q1.mistake("frozen weights cost nothing", "you leave frozen weights out of `weights`. They learn nothing, and the forward pass needs them all the same.")
@@ -77,7 +77,7 @@ def _(parameters): return _held([dict(p, dtype="float16") for p in parameters])
 @q1.mistake("gradients in 16 bits", "your gradients always have 2 bytes. A gradient has the dtype of its weight, so for a float32 weight it has 4; that is a quarter of the 16 bytes a weight which mixed precision costs.")
 def _(parameters): return _held(parameters, gradient=lambda p: p["trained"] * 2 * _numbers(p))
 
-@q1.mistake("8 bytes for means in 16 bits", "your optimizer takes 8 bytes for each 16-bit weight: means in float32, or a float32 copy of the weight besides. Some trainers keep these; PyTorch's plain AdamW makes its means like the weight, and nothing else (which saves memory, and loses small changes).")
+@q1.mistake("8 bytes for means in 16 bits", "your optimiser takes 8 bytes for each 16-bit weight: means in float32, or a float32 copy of the weight besides. Some trainers keep these; PyTorch's plain AdamW makes its means like the weight, and nothing else (which saves memory, and loses small changes).")
 def _(parameters): return _held(parameters, state=lambda p: p["trained"] * 8 * _numbers(p))
 
 @q1.mistake("numbers instead of bytes", "you count numbers. How many bytes one takes depends on its dtype.")
@@ -235,7 +235,7 @@ def _(*args): return _first(*args, pairs=lambda batch, b, n: (b * n) ** 2)
 def _(*args): return _first(*args, pairs=lambda batch, b, n: 0)
 
 # %% ../../exercises/solutions/06_memory.ipynb #06627d07
-@q3.mistake("GB for GiB", "you take 10**9 bytes for a GiB. It has 2**30, which is 7 % more; a \"24 GB\" card has nearly 24 GiB, and torch says \"GiB\".")
+@q3.mistake("GB for GiB", "you take 10**9 bytes for a GiB. It has 2**30, which is 7 % more; a \"24 GB\" card has about 24 GiB.")
 def _(*args): return _first(*args, fits=lambda need, card: need <= card * 10**9)
 
 @q3.mistake("MB for GiB", "you take 2**20 bytes for a GiB. That is a MiB; a GiB has 2**30.")
@@ -277,7 +277,7 @@ def _(lengths, size, *rest): return None if (found := first_too_large(lengths, s
 @q3.mistake("-1 for none", "where all batches fit you give -1. As a place, -1 is the last batch; None says that there is none.")
 def _(*args): return _first(*args, none=-1)
 
-@q3.mistake("only the batch counts", "you leave `fixed` out. Weights, gradients and optimizer lie on the card all the time.")
+@q3.mistake("only the batch counts", "you leave `fixed` out. Weights, gradients and optimiser lie on the card all the time.")
 def _(lengths, size, fixed, *rest): return _first(lengths, size, 0, *rest)
 
 # %% ../../exercises/solutions/06_memory.ipynb #4dee6823
@@ -485,10 +485,10 @@ def _(hidden, labels, head, rows):
 q6 = OpenQuestion("memory.sixteen_of_24", "Sixteen of twenty-four", stars=2, minutes=12, rubric=[
     "60 GB for 7B is weights, gradients and both means all in 16 bits (8 bytes a parameter, 56 GB). Ordinary mixed precision is 16 bytes: 112 GB, before any activation.",
     "The blog's figures name neither batch nor length. Frozen weights need activations all the same, as the gradient has to pass through them; they grow with batch times length, so 16 GB says nothing about 4 rows of 8,192.",
-    "The weights of 8B in bfloat16 are 16 GB by themselves; and the logits of 4 x 8,192 rows times 128,000 are 8.4 GB in 16 bits, 16.8 GB in float32, if nothing is done about them.",
+    "The weights of 8B in bfloat16 are 16 GB by themselves; and the logits of 4 x 8,192 rows times 128,000 are 8.4 GB in 16 bits and 16.8 GB in float32; at the peak there are three such in float32, 50 GB, if nothing is done about them.",
     "65B in 4 bits, constants doubly quantised, weigh 33.5 GB: more than 24 GB. The QLoRA paper says one card of 48 GB.",
     "What to do: batch size 1 with accumulation, checkpointing, a fused or chunked loss, shorter rows, QLoRA if it must be; reckon each term, then measure the peak on the longest batch first, and leave room for what no formula counts (CUDA's own memory, fragments)."],
     model="The 60 GB are 8 bytes a parameter, with everything in 16 bits; mixed precision as most trainers do it takes 16, which is 112 GB for 7B before a single activation. None of the three figures says for which batch and length it holds, and that decides: with LoRA the frozen weights have no gradients and no means, but the activations are there all the same. "
-          "For your 8B model the weights alone take 16 GB in bfloat16. The logits of 4 x 8,192 rows, each 128,000 wide, take 8.4 GB in 16 bits and twice that in float32, so the 8 GB are gone before one layer's activations are counted. The 65B claim is wrong as well: at 0.516 bytes a parameter it weighs 33.5 GB, and the paper speaks of one 48 GB card. "
+          "For your 8B model the weights alone take 16 GB in bfloat16. The logits of 4 x 8,192 rows, each 128,000 wide, take 8.4 GB in 16 bits, and in float32, three times over at the peak, 50 GB, so the 8 GB are gone before one layer's activations are counted. The 65B claim is wrong as well: at 0.516 bytes a parameter it weighs 33.5 GB, and the paper speaks of one 48 GB card. "
           "I would take batch size 1 with 4 accumulation steps, checkpointing, and a loss that never makes all logits; if the estimate is still near 24 GB, QLoRA, or shorter rows. And I would begin with the longest batch and look at the peak, because the card also holds things that no formula has, and it is better to fail in the first minute than at step 713.",
     hints=["Take each figure of the blog apart: bytes a parameter, times parameters. What is left for activations?", "How many logits are 4 x 8,192 x 128,000? In which dtype are they when the loss is computed?"])

@@ -1,0 +1,400 @@
+"Four bits: bitsandbytes' codes and numbers to the bit, a layer with an exact gradient, QLoRA equal to PEFT's, and input that must be refused."
+import copy
+import importlib.util
+import subprocess
+import sys
+
+import bitsandbytes
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from hypothesis import given, settings, strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from sftlab import lora
+from sftlab.models import tiny_path
+from sftlab.quantization import (Linear4bit, QuantizationError, absmax_dequantize, absmax_quantize, bits_per_parameter, code_values, dequantize, dequantize_model, dynamic_values, keep_gradients,
+                                 nearest, nf4_config, nf4_values, quantize, quantize_absmax, quantize_model, scale_blocks)
+from sftlab.training import Settings, train
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHAPES = [(64,), (1,), (2,), (3,), (63,), (65,), (128, 64), (5, 7), (127, 129), (13, 130), (2, 3, 5), (192, 512), (100, 96)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eager():
+    "bitsandbytes compiles a function for each new shape; that takes long and changes nothing."
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+def reference(name, *args):
+    "bitsandbytes' kernels in torch, which serve every machine."
+    return getattr(torch.ops.bitsandbytes, name).default._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args)
+
+
+def randn(*shape, seed=0, dtype=torch.float32): return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def small(seed=0, **more):
+    "A Llama of a few thousand weights, whose rows are multiples of a block."
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64) | more)).eval()
+
+
+IDS = torch.tensor([[1, 5, 9, 20, 63, 2, 7]])
+ROWS = [dict(input_ids=[(7 * i + j) % 64 for j in range(12)], labels=[-100] * 4 + [(7 * i + j) % 64 for j in range(4, 12)]) for i in range(24)]
+
+
+@torch.no_grad()
+def logits(model): return model(input_ids=IDS, use_cache=False).logits
+
+
+# --- the values
+
+@pytest.mark.parametrize("code", ["nf4", "fp4"])
+def test_values_are_the_published_ones(code):
+    assert code_values(code).equal(bnb.get_4bit_type(code, device="cpu"))
+
+
+def test_the_dynamic_values_are_the_published_ones():
+    assert dynamic_values().equal(bnb.create_dynamic_map()) and len(dynamic_values()) == 256
+
+
+def test_nf4_is_made_of_quantiles():
+    "From another source: torch's own inverse of the normal distribution, in float64."
+    half = lambda n: torch.special.ndtri(torch.linspace((1 - 1 / 30 + 1 - 1 / 32) / 2, 0.5, n + 1, dtype=torch.float64)[:-1])
+    values = torch.cat([-half(7), torch.zeros(1), half(8).flip(0)])
+    assert torch.allclose(nf4_values().double(), values / values.max(), atol=1e-6) and nf4_values()[7] == 0 and nf4_values()[0] == -1 and nf4_values()[15] == 1
+
+
+@pytest.mark.parametrize("code", ["nf4", "fp4", "int4"])
+@given(x=st.floats(-1, 1, width=32))
+def test_the_nearest_value_is_the_nearest(code, x):
+    values = code_values(code)
+    assert abs(values[nearest(torch.tensor([x]), values).long()] - x).item() <= (values - x).abs().min().item() + 1e-7  # in the middle between two, the last bit of the midpoint decides
+
+
+# --- eight bits
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_eight_bits_are_bitsandbytes_to_the_bit(dtype):
+    weight = randn(33, 70, dtype=DTYPES[dtype])
+    weight[3] = 0
+    theirs, absmax, _ = bnb.int8_vectorwise_quant(weight.clone())
+    codes, ours = absmax_quantize(weight, dim=1)
+    assert codes.equal(theirs) and ours.flatten().equal(absmax) and codes.abs().max() == 127
+    assert torch.allclose(absmax_dequantize(codes, ours), bnb.int8_vectorwise_dequant(theirs, absmax), rtol=3e-7)  # 1/127 there is a rounded factor: two roundings more
+
+
+@given(weight=arrays("float32", st.tuples(st.integers(1, 5), st.integers(1, 9)), elements=st.floats(-1e4, 1e4, width=32).filter(lambda x: x == 0 or abs(x) > 1e-20)))
+def test_absmax_is_off_by_half_a_step_at_most(weight):
+    w = torch.from_numpy(weight)
+    for dim in (None, 1):
+        codes, absmax = absmax_quantize(w, dim)
+        assert ((absmax_dequantize(codes, absmax) - w).abs() <= absmax / 127 * 0.5001 + 1e-30).all()
+
+
+# --- four bits
+
+@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("code", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_four_bits_are_bitsandbytes_to_the_bit(shape, dtype, code, block):
+    weight = randn(*shape, dtype=DTYPES[dtype])
+    theirs, state = bnb.quantize_4bit(weight, blocksize=block, quant_type=code)
+    q = quantize(weight, block, code=code)
+    assert q.codes.equal(theirs.flatten()) and q.absmax.equal(state.absmax)
+    back = dequantize(q)
+    assert back.dtype == weight.dtype and back.equal(reference("dequantize_4bit", theirs, state.absmax, block, code, weight.shape, weight.dtype))
+    if weight.ndim == 2 and weight.shape[1] % block == 0: assert back.equal(bnb.dequantize_4bit(theirs, state))  # its CPU kernel is wrong where a block ends inside a row
+
+
+@settings(max_examples=60)
+@given(weight=arrays("float32", st.integers(1, 200), elements=st.one_of(st.just(0.0), st.sampled_from([1e-45, -1e-39, 3e38, 1.0, -1.0, 0.5]), st.floats(-100, 100, width=32))), block=st.sampled_from([32, 64]), code=st.sampled_from(["nf4", "fp4"]))
+def test_strange_numbers_get_bitsandbytes_codes_too(weight, block, code):
+    w = torch.from_numpy(weight)
+    theirs, state = bnb.quantize_4bit(w, blocksize=block, quant_type=code)
+    q = quantize(w, block, code=code)
+    assert q.codes.equal(theirs.flatten())
+    full = len(w) // block  # of a block that is not full bitsandbytes keeps at least 1e-38
+    assert q.absmax[:full].equal(state.absmax[:full]) and (len(w) % block == 0 or state.absmax[-1] == max(q.absmax[-1], torch.tensor(1e-38)))
+
+
+@settings(max_examples=60)
+@given(weight=arrays("float32", st.integers(1, 200), elements=st.floats(-100, 100, width=32)), block=st.integers(1, 100), code=st.sampled_from(["nf4", "fp4", "int4"]))
+def test_read_back_no_number_is_further_off_than_half_the_widest_gap(weight, block, code):
+    w = torch.from_numpy(weight)
+    values = code_values(code).sort().values
+    absmax = torch.cat([b.abs().max().expand(len(b)) for b in w.split(block)])
+    assert ((dequantize(quantize(w, block, code=code)) - w).abs() <= absmax * ((values[1:] - values[:-1]).max() / 2 + 1e-5) + 1e-38).all()  # below 1e-38 all is zero
+
+
+def test_quantising_what_was_read_back_changes_nothing():
+    once = dequantize(quantize(randn(64, 64)))
+    assert dequantize(quantize(once)).equal(once)
+
+
+def test_the_first_code_is_in_the_upper_half_and_an_odd_end_is_filled_with_zero():
+    q = quantize(torch.tensor([-1.0, 1.0, 0.0]))
+    assert q.codes.tolist() == [0x0F, 0x77] and q.nbytes == 2 + 4
+
+
+def test_a_block_of_zeros_stays_zero():
+    weight = randn(2, 64)
+    weight[1] = 0
+    for double in (False, True): assert not dequantize(quantize(weight, double=double))[1].any() or double
+    assert not dequantize(quantize(torch.zeros(3, 5), double=True)).any()
+
+
+# --- double quantisation
+
+@pytest.mark.parametrize("n", [1, 2, 100, 256, 257, 5000])
+def test_double_quantisation_is_bitsandbytes_reference_to_the_bit(n):
+    absmax = randn(n).abs() + 0.01
+    q = quantize_absmax(absmax)
+    codes, scales = reference("quantize_blockwise", absmax - absmax.mean(), dynamic_values(), 256)
+    assert q["absmax"].equal(codes) and q["offset"] == absmax.mean()
+    assert torch.equal(q["scales"], scales) or (n == 1 and q["scales"] == 0)  # it keeps 1e-38 where there is nothing
+
+
+def test_the_fast_kernel_differs_only_next_to_a_middle():
+    absmax = randn(200_000).abs()
+    ours, theirs = quantize_absmax(absmax)["absmax"], bnb.quantize_blockwise(absmax - absmax.mean(), blocksize=256)[0]
+    values, other = dynamic_values(), ours != theirs
+    scaled = scale_blocks(absmax - absmax.mean(), 256)[0]
+    assert other.float().mean() < 0.005
+    off = [(values[codes.long()] - scaled).abs()[other] for codes in (ours, theirs)]
+    assert (off[0] <= off[1]).all() and (off[1] - off[0] < 2 / 65536).all()  # ours is never the further one; theirs is by less than two places of its table
+
+
+def test_double_quantisation_read_back():
+    weight = randn(192, 512)
+    codes, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    q = quantize(weight, double=True)
+    q.absmax = state.absmax  # its own constants, so that all else is compared
+    assert q.codes.equal(codes.flatten()) and q.offset.equal(state.offset) and q.scales.equal(state.state2.absmax)
+    assert dequantize(q).equal(bnb.dequantize_4bit(codes, state))
+
+
+@pytest.mark.parametrize("lost", ["offset", "scales"])
+def test_each_constant_counts(lost):
+    "The control: without it the numbers are far off."
+    weight = randn(64, 512)
+    q = quantize(weight, double=True)
+    right = dequantize(q)
+    setattr(q, lost, getattr(q, lost) * 0)
+    assert (dequantize(q) - weight).norm() > 1.5 * (right - weight).norm()
+
+
+@pytest.mark.parametrize("double, bits", [(False, 4.5), (True, 4 + 8 / 64 + 32 / (64 * 256))])
+def test_bits_are_as_counted_by_hand(double, bits):
+    q = quantize(randn(1024, 1024), double=double)
+    assert 8 * (q.nbytes - 4 * double) / 2 ** 20 == bits  # but for the offset
+
+
+# --- what must be refused
+
+@pytest.mark.parametrize("call, says", [
+    (lambda: quantize(torch.ones(4).to(torch.uint8)), "torch.uint8"), (lambda: quantize(torch.ones(4, dtype=torch.float64)), "torch.float64"), (lambda: quantize(torch.empty(0, 4)), "no numbers"),
+    (lambda: quantize(torch.ones(4, device="meta")), "no numbers"), (lambda: quantize(torch.tensor([1.0, torch.nan])), "inf or nan"), (lambda: quantize(torch.tensor([1.0, torch.inf])), "inf or nan"),
+    (lambda: quantize(torch.ones(4), block=0), "block is 0"), (lambda: quantize(torch.ones(4), block=64.0), "block is 64.0"), (lambda: quantize(torch.ones(4), code="nf5"), "nf4, fp4 or int4"),
+    (lambda: quantize_model(quantize_model(small())), "already"), (lambda: quantize_model(nn.Embedding(3, 3)), "no linear layer"), (lambda: quantize_model(lora.inject(small())), "quantise first"),
+    (lambda: logits(quantize_model(small()).bfloat16()), "before it is quantised"), (lambda: logits(quantize_model(small(), double=False).half()), "before it is quantised")])
+def test_bad_input_gets_one_clear_line(call, says):
+    with pytest.raises(QuantizationError) as caught: call()
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_refused_model_is_left_as_it_was():
+    model = small()
+    with torch.no_grad(): model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(QuantizationError, match="down_proj"): quantize_model(model)
+    assert not any(isinstance(m, Linear4bit) for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+
+
+def test_without_bitsandbytes_one_clear_message(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "bitsandbytes" else find(name, *more))
+    with pytest.raises(QuantizationError, match="pip install bitsandbytes") as caught: nf4_config()
+    assert "\n" not in str(caught.value)
+
+
+def test_our_own_quantisation_needs_no_bitsandbytes():
+    source = """
+        import sys
+        for name in ("bitsandbytes", "peft", "scipy", "pandas"): sys.modules[name] = None
+        import torch
+        from sftlab.quantization import Linear4bit, dequantize, quantize
+        assert not {"transformers", "trl"} & set(sys.modules)
+        dequantize(quantize(torch.randn(8, 64), double=True)); Linear4bit(torch.nn.Linear(64, 8))(torch.randn(1, 64))
+    """
+    import textwrap
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# --- the layer
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 5, 64), (0, 64)], ids=str)
+def test_output_and_gradient_are_an_ordinary_layers(shape, bias, dtype):
+    linear = nn.Linear(64, 48, bias=bias).to(DTYPES[dtype])
+    layer = Linear4bit(copy.deepcopy(linear))
+    with torch.no_grad(): linear.weight.copy_(layer.dequantize())
+    x = randn(*shape, dtype=DTYPES[dtype]).requires_grad_()
+    for value in (layer, linear): value.out = value(x)
+    grad = randn(*layer.out.shape, seed=1, dtype=DTYPES[dtype])
+    assert layer.out.equal(linear.out)
+    wanted = [x, linear.bias] if bias else [x]
+    ours = torch.autograd.grad(layer.out, [x, layer.bias] if bias else [x], grad)
+    for a, b in zip(ours, torch.autograd.grad(linear.out, wanted, grad)): assert a.equal(b)
+
+
+def test_the_gradient_is_a_derivative():
+    layer = Linear4bit(nn.Linear(8, 5))
+    assert torch.autograd.gradcheck(layer, randn(3, 8, dtype=torch.float64).requires_grad_())
+
+
+def test_nothing_is_kept_for_the_backward_pass_and_nothing_computed_that_nobody_wants(monkeypatch):
+    layer, kept, read = Linear4bit(nn.Linear(64, 64, bias=False)), [], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t): layer(randn(3, 64).requires_grad_())
+    assert not kept and not layer(randn(3, 64)).requires_grad and not list(layer.parameters())
+    head = Linear4bit(nn.Linear(64, 64))
+    monkeypatch.setattr(Linear4bit, "dequantize", lambda self, dtype, plain=Linear4bit.dequantize: read.append(dtype) or plain(self, dtype))
+    head(randn(3, 64)).sum().backward()  # the bias alone
+    assert len(read) == 1 and head.bias.grad is not None
+
+
+def test_the_number_format_of_the_product():
+    layer = Linear4bit(nn.Linear(64, 64, bias=True), compute_dtype=torch.bfloat16)
+    x = randn(2, 64).requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    expected = torch.nn.functional.linear(x.bfloat16(), layer.dequantize(torch.bfloat16), layer.bias.bfloat16()).float()
+    assert y.dtype == x.grad.dtype == torch.float32 and y.equal(expected)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_outputs_and_gradients_are_bitsandbytes(double):
+    linear = nn.Linear(192, 512, bias=False)
+    theirs = bitsandbytes.nn.Linear4bit(192, 512, bias=False, quant_type="nf4", compute_dtype=torch.float32, compress_statistics=double)
+    theirs.weight = bitsandbytes.nn.Params4bit(linear.weight.detach().clone(), requires_grad=False, quant_type="nf4", compress_statistics=double)
+    keep_gradients(theirs.to("cpu"))
+    layer = Linear4bit(linear, double=double)
+    if double: layer.absmax.copy_(theirs.weight.quant_state.absmax)  # see `test_the_fast_kernel_differs_only_next_to_a_middle`
+    x = randn(2, 3, 192).requires_grad_()
+    for m in (layer, theirs): m.gradient, = torch.autograd.grad((m(x) ** 2).sum(), x)
+    assert layer(x).equal(theirs(x)) and layer.gradient.equal(theirs.gradient)
+
+
+def test_an_evaluation_does_not_change_what_comes_after_it():
+    linear = nn.Linear(192, 64, bias=False)
+    theirs = bitsandbytes.nn.Linear4bit(192, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    theirs.weight = bitsandbytes.nn.Params4bit(linear.weight.detach().clone(), requires_grad=False, quant_type="nf4")
+    keep_gradients(theirs.to("cpu"))
+    x = randn(2, 192).requires_grad_()
+    before = torch.autograd.grad(theirs(x).sum(), x)[0]
+    with torch.no_grad(): theirs.eval()(x)
+    assert torch.autograd.grad(theirs.train()(x).sum(), x)[0].equal(before)
+
+
+# --- a model
+
+def test_what_is_quantised_and_what_stays():
+    model = small()
+    embedding, names = model.model.embed_tokens.weight.clone(), [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    quantize_model(model)
+    assert [n for n, m in model.named_modules() if isinstance(m, Linear4bit)] == [n for n in names if n != "lm_head"]
+    assert type(model.lm_head) is nn.Linear and model.model.embed_tokens.weight.equal(embedding) and not any(p.requires_grad for p in model.parameters())
+    assert not [n for n, m in quantize_model(small(), skip=("lm_head", "down_proj")).named_modules() if isinstance(m, Linear4bit) and n.endswith("down_proj")]
+    assert isinstance(quantize_model(small(), skip=()).lm_head, Linear4bit)
+
+
+def test_a_model_with_biases():
+    config = Qwen2Config(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    model = Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for layer in model.model.layers: layer.self_attn.q_proj.bias.normal_()
+    plain = dequantize_model(quantize_model(copy.deepcopy(model)))
+    assert logits(quantize_model(model)).equal(logits(plain)) and model.model.layers[0].self_attn.q_proj.bias.any()
+
+
+def test_saved_and_loaded(tmp_path):
+    from safetensors.torch import load_file, save_file
+    model = quantize_model(small(seed=1))
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    other = quantize_model(small(seed=2))
+    assert not logits(other).equal(logits(model))
+    other.load_state_dict(load_file(tmp_path / "w.safetensors"))
+    assert logits(other).equal(logits(model))
+
+
+def test_bits_are_counted_from_the_tensors():
+    model = small().bfloat16()
+    before = bits_per_parameter(model)
+    assert before.loc["all", "parameters"] == model.num_parameters() and before.loc["all", "bits a parameter"] == 16
+    after = bits_per_parameter(quantize_model(model, double=False))
+    assert after.loc["all", "parameters"] == before.loc["all", "parameters"] and after.loc["in four bits", "bits a parameter"] == 4.5
+    assert after.loc["all", "bytes"] == sum(t.nbytes for t in [*model.parameters(), *(b for n, b in model.named_buffers() if "rotary" not in n)])
+    tied = small(tie_word_embeddings=True)
+    assert bits_per_parameter(tied).loc["all", "parameters"] == tied.num_parameters()
+
+
+def test_dequantised_it_computes_the_same():
+    model = quantize_model(small())
+    with_adapter = lora.inject(copy.deepcopy(model))
+    with torch.no_grad():
+        for layer in lora.adapters(with_adapter).values(): layer.lora_B.normal_()
+    before, adapted = logits(model), logits(with_adapter)
+    assert logits(dequantize_model(model)).equal(before)
+    assert logits(dequantize_model(with_adapter)).equal(adapted) and not any(isinstance(m, Linear4bit) for m in [*model.modules(), *with_adapter.modules()])
+    assert torch.allclose(logits(lora.merge(with_adapter)), adapted, atol=1e-5)  # float32, sums in another order
+
+
+# --- QLoRA
+
+def reference_model(double):
+    from transformers import AutoModelForCausalLM
+    return keep_gradients(AutoModelForCausalLM.from_pretrained(tiny_path(), dtype=torch.float32, device_map="cpu", quantization_config=nf4_config(double=double)).eval())
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_qlora_is_bitsandbytes_with_peft_step_for_step(double):
+    from peft import LoraConfig, get_peft_model
+    from sftlab.models import load
+    ours, theirs = quantize_model(load("tiny")[0], double=double), reference_model(double)
+    if double:  # its constants
+        for name, m in ours.named_modules():
+            if isinstance(m, Linear4bit): m.absmax.copy_(theirs.get_submodule(name).weight.quant_state.absmax)
+    torch.manual_seed(0); lora.inject(ours, r=8, alpha=16)
+    torch.manual_seed(0); theirs = get_peft_model(theirs, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    losses = [train(m, ROWS, Settings(learning_rate=5e-3, epochs=2), disable_tqdm=True)["loss"].tolist() for m in (ours, theirs)]
+    assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
+    weights = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    for name, p in ours.named_parameters():
+        if p.requires_grad: assert p.equal(weights[f"base_model.model.{name}.default.weight"]), name
+
+
+def test_the_base_does_not_move():
+    model = lora.inject(quantize_model(small()))
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    train(model, ROWS, Settings(epochs=1, learning_rate=1e-2), disable_tqdm=True)
+    assert all(b.equal(before[name]) for name, b in model.named_buffers()) and any(layer.lora_B.any() for layer in lora.adapters(model).values())
+
+
+def test_merging_into_four_bits_is_peft_again():
+    "What PEFT's merge makes of a 4-bit layer is our third way: sum, and quantise again."
+    from peft import LoraConfig, get_peft_model
+    theirs = get_peft_model(reference_model(False), LoraConfig(r=8, lora_alpha=16, target_modules=["up_proj"], task_type="CAUSAL_LM", init_lora_weights=False))
+    name = "base_model.model.model.layers.0.mlp.up_proj"
+    layer = theirs.get_submodule(name)
+    before = layer.base_layer.weight
+    total = bnb.dequantize_4bit(before.data, before.quant_state) + layer.get_delta_weight("default")
+    with pytest.warns(UserWarning, match="rounding"): layer.merge()
+    assert quantize(total.detach()).codes.equal(layer.base_layer.weight.data.flatten())
