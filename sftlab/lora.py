@@ -249,7 +249,11 @@ def remove(
     "Take the adapter's layers out."
     for name, layer in adapters(model).items(): _put(model, name, layer.base)
     if token_rows(model):
-        for module in _embeddings(model): parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        for module in _embeddings(model): # by hand: torch's own function changes the class, which copies of the model share
+            original = _original(module)
+            del module.parametrizations
+            module.__class__ = type(module).__bases__[0]
+            module.weight = original
     return model
 
 # %% ../nbs/07_lora.ipynb #363e1f8d
@@ -260,9 +264,10 @@ def adapter_config(
     "What `adapter_config.json` must say."
     layers = adapters(model)
     if not layers: raise LoRAError("the model has no adapter: inject one, or load one")
-    first, rows = next(iter(layers.values())), token_rows(model)
+    first, rows, ends = next(iter(layers.values())), token_rows(model), sorted({name.split(".")[-1] for name in layers})
+    names = ends if targets_of(model, ends) == list(layers) else list(layers) # short where that says the same
     return dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base_name), inference_mode=True, r=first.r, lora_alpha=first.alpha, lora_dropout=getattr(first.dropout, "p", 0.0),
-                use_rslora=first.use_rslora, use_dora=first.magnitude is not None, target_modules=list(layers), bias="none", trainable_token_indices=rows and rows.ids.tolist())
+                use_rslora=first.use_rslora, use_dora=first.magnitude is not None, target_modules=names, bias="none", trainable_token_indices=rows and rows.ids.tolist())
 
 # %% ../nbs/07_lora.ipynb #d39020eb
 def save_adapter(
@@ -307,12 +312,13 @@ def read_adapter(
 # %% ../nbs/07_lora.ipynb #5451b81d
 def _expected(model, config): # name -> shape
     "The tensors that an adapter must have to fit a model."
-    shapes, r, ids = {}, config["r"], config.get("trainable_token_indices")
+    shapes, r, ids, embedding = {}, config["r"], config.get("trainable_token_indices"), model.get_input_embeddings()
+    inject(nn.Sequential(nn.Linear(1, 1)), r, config["lora_alpha"], dropout=config.get("lora_dropout", 0.0)) # are these options possible at all?
+    if ids and not (isinstance(ids, list) and set(ids) <= set(range(embedding.num_embeddings))): raise LoRAError(f"trainable_token_indices is {ids!r}, and this base has the tokens 0 to {embedding.num_embeddings - 1}")
     for name in targets_of(model, config["target_modules"]):
         m = model.get_submodule(name)
         shapes |= {f"{PREFIX}{name}.lora_A.weight": (r, m.in_features), f"{PREFIX}{name}.lora_B.weight": (m.out_features, r)}
         if config.get("use_dora"): shapes[f"{PREFIX}{name}.lora_magnitude_vector"] = (m.out_features,)
-    embedding = model.get_input_embeddings()
     if ids: shapes[_ROWS.format(_name_of(model, embedding))] = (len(ids), embedding.embedding_dim)
     return shapes
 
@@ -324,7 +330,7 @@ def load_adapter(
     config, tensors = read_adapter(folder)
     if any(layer.merged for layer in adapters(model).values()): raise LoRAError("the adapter that is on the model is merged: unmerge it first")
     try: wanted = _expected(model, config)
-    except LoRAError as e: raise LoRAError(f"{folder} was made for another base: {e}") from None
+    except LoRAError as e: raise LoRAError(f"{folder} was made for another base, or altered: {e}") from None
     for name, shape in wanted.items():
         if name not in tensors: raise LoRAError(f"{folder}: there is no {name} in it, which this base and adapter_config.json ask for: it was made for another base, or is not whole")
         if tuple(tensors[name].shape) != shape: raise LoRAError(f"{folder}: {name} is {tuple(tensors[name].shape)}, and must be {shape} for this base and r = {config['r']}: it was made for another base, or adapter_config.json was altered")

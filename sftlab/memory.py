@@ -382,17 +382,24 @@ def measure(
     optimizer.step()
     return dict(card=torch.cuda.get_device_name(), run=expected.run, estimate=expected.total, peak=torch.cuda.max_memory_allocated() - before)
 
-# %% ../nbs/06_memory.ipynb #78278ea9
+# %% ../nbs/06_memory.ipynb #15ae0cbd
+def _shown(card_gb, **choice): # HTML: does it fit, the bar, the table
+    import base64, io
+    import matplotlib.pyplot as plt
+    e, file = estimate(**choice), io.BytesIO()
+    ax = e.plot()
+    ax.axvline(card_gb * 2**30 / 1e9, color="grey", ls="--")
+    ax.figure.savefig(file, bbox_inches="tight", facecolor="white"); plt.close(ax.figure)
+    verdict = "fits on" if e.total <= card_gb * 2**30 else "is too much for"
+    return f"<b>{e.total / 1e9:.1f} GB {verdict} a card of {card_gb} GB</b><br><img src='data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'>{e._repr_html_()}"
+
 def explore(): # a widget
     "Sliders and menus over `estimate`."
-    import matplotlib.pyplot as plt
-    from IPython.display import display
-    from ipywidgets import Checkbox, Dropdown, IntSlider, SelectionSlider, interactive
-    def show(model, method, batch, length, precision, checkpointing, attention, optimizer, card_gb):
-        e = estimate(model, method, batch, length, precision=precision, checkpointing=checkpointing, attention=attention, optimizer=optimizer)
-        ax = e.plot()
-        ax.axvline(card_gb * 2**30 / 1e9, color="grey", ls="--")
-        ax.set_title(f"{e.total / 1e9:.1f} GB: " + ("fits on" if e.total <= card_gb * 2**30 else "too much for") + f" a card of {card_gb} GB", fontsize=9)
-        plt.show(); display(e)
-    return interactive(show, model=Dropdown(options=list(CONFIGS), value="llama-2-7b"), method=Dropdown(options=METHODS, value="qlora"), batch=IntSlider(value=1, min=1, max=64), length=SelectionSlider(options=[2**i for i in range(7, 16)], value=1024),
-                       precision=Dropdown(options=PRECISIONS), checkpointing=Checkbox(value=True), attention=Dropdown(options=ATTENTIONS), optimizer=Dropdown(options=OPTIMIZERS), card_gb=SelectionSlider(options=[8, 12, 16, 24, 32, 40, 48, 80], value=24))
+    from ipywidgets import HTML, Checkbox, Dropdown, IntSlider, SelectionSlider, VBox
+    parts = dict(model=Dropdown(options=list(CONFIGS), value="llama-2-7b"), method=Dropdown(options=METHODS, value="qlora"), batch=IntSlider(value=1, min=1, max=64), length=SelectionSlider(options=[2**i for i in range(7, 16)], value=1024),
+                 precision=Dropdown(options=PRECISIONS), checkpointing=Checkbox(value=True), attention=Dropdown(options=ATTENTIONS), optimizer=Dropdown(options=OPTIMIZERS), card_gb=SelectionSlider(options=[8, 12, 16, 24, 32, 40, 48, 80], value=24))
+    output = HTML()
+    def show(_=None): output.value = _shown(**{name: part.value for name, part in parts.items()})
+    for name, part in parts.items(): part.description = name; part.observe(show, "value")
+    show()
+    return VBox([*parts.values(), output])

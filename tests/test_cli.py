@@ -115,6 +115,10 @@ DATA = ["train", "--data", "{alpaca}", "--output", "{out}"]
     (1, [*DATA, "--model", "nobody/nothing"], "'nobody/nothing' is not on this machine"),
     (1, [*DATA, "--model", "{here}"], "holds no model"),
     (1, ["chat", "{here}/nothing"], "There is no folder"),
+    (2, ["memory", "tiny", "--rank", "0"], "'--rank'"),
+    (2, ["memory", "tiny", "--method", "dora"], "'--method'"),
+    (1, ["memory", "gpt-5"], "Known without any file: llama-2-7b"),
+    (1, ["memory", "{here}"], "holds no model"),
 ])
 def test_mistakes_get_one_line(tmp_path, status, words, says):
     row = '{"instruction": "Hi", "output": "Hello"}'
@@ -124,6 +128,21 @@ def test_mistakes_get_one_line(tmp_path, status, words, says):
     got, out, err = call(*[word.format(**names) for word in words])
     assert (got, err.count("\n")) == (status, 1) and err.startswith("sftlab: ") and says in err, (got, err)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+def test_memory_says_what_fits_and_what_does_not():
+    from sftlab.memory import estimate, largest
+    status, out, err = call("memory", "llama-2-7b", "--method", "qlora", "--card", 16, "--batch", 2)
+    assert (status, err) == (0, "") and out.startswith(repr(estimate("llama-2-7b", "qlora", 2)))
+    rows, tokens = largest("llama-2-7b", "qlora", 16, length=1024), largest("llama-2-7b", "qlora", 16, batch=2)
+    assert out.splitlines()[-1].endswith(f"this run fits; rows of 1,024 tokens: {rows:,} at most; 2 rows at a time: {tokens:,} tokens at most")
+    assert "this run does not fit" in call("memory", "llama-2-7b", "--method", "qlora", "--card", 16, "--batch", rows + 1)[1]
+    status, out, err = call("memory", "llama-65b", "--method", "qlora", "--card", 24)
+    assert status == 1 and err.count("\n") == 1 and "a card of 24 GB has 23.2 to give: weights alone are 33.4" in err
+
+def test_memory_reads_a_config_and_knows_the_presets():
+    from sftlab.memory import estimate
+    assert call("memory", "tiny", "--method", "full", "--precision", "fp32")[1].strip() == repr(estimate(cli.load("tiny")[0], "full", precision="fp32"))
+    assert call("memory", "t4") == call("memory", "Qwen/Qwen3-4B-Base") == call("memory", "qwen3-4b") != call("memory", "gpu")
 
 def test_help_is_quick_and_has_examples():
     used = []

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if not p.parent.name.startswith(".")]
-BUDGET = {"nbs/01_base_vs_instruct.ipynb": 180, "nbs/03_chat_templates.ipynb": 120, "nbs/04_loss_masking.ipynb": 120, "nbs/05_full_finetuning.ipynb": 120}  # seconds, on two quiet cores
+BUDGET = {"nbs/01_base_vs_instruct.ipynb": 180, "nbs/03_chat_templates.ipynb": 120, "nbs/04_loss_masking.ipynb": 120, "nbs/05_full_finetuning.ipynb": 120, "nbs/07_lora.ipynb": 120, "nbs/08_qlora.ipynb": 120}  # seconds, on two quiet cores
 FACTOR = float(os.environ.get("SFTLAB_TIME_FACTOR", 1)) * int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # 2 on a machine shared with others; two notebooks at a time have a core each
 
 
