@@ -299,8 +299,8 @@ def lora_full(method:str, rows:int, seed:int) -> dict:
 
 @experiment("07_lora_targets", [dict(targets=["q_proj", "v_proj"], r=8), dict(targets=["q_proj", "k_proj", "v_proj", "o_proj"], r=8), dict(targets=["q_proj", "v_proj"], r=38)], files=(*_TINY, *_TEXTS))
 def lora_targets(targets:list, r:int, seed:int) -> dict:
-    "Which layers: LoRA on 300 rows, at one rank; and on q and v alone with as many parameters as r = 8 has on all layers. (All layers with r = 8 are in 07_lora_rank.)"
-    return _lora_run(seed, r=r, targets=targets)
+    "Which layers: LoRA on 300 rows with alpha = 16, at one rank; and on q and v alone with as many parameters as r = 8 has on all layers. (All layers with r = 8 are in 07_lora_rank.)"
+    return _lora_run(seed, r=r, alpha=16, targets=targets)
 
 @experiment("07_lora_alpha", [dict(r=8, alpha=64, learning_rate=5e-3), dict(r=8, alpha=64, learning_rate=1.25e-3), dict(r=32, alpha=16, learning_rate=5e-3)], files=(*_TINY, *_TEXTS))
 def lora_alpha(r:int, alpha:float, learning_rate:float, seed:int) -> dict:
