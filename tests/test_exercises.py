@@ -100,7 +100,10 @@ def test_keys_are_unique_and_stay():
             "data.sharegpt", "data.jsonl", "data.jaccard", "data.split_by_key", "data.to_alpaca", "data.too_good",
             "templates.chat_prompt", "templates.join_parts", "templates.fold_system", "templates.cut_special", "templates.read_chatml", "templates.fine_in_training",
             "masking.row_labels", "masking.batch_labels", "masking.fit", "masking.masked_loss", "masking.shares", "masking.better_loss",
-            "training.rows_seen", "training.perplexity", "training.clip", "training.schedule", "training.adamw", "training.which_batch"} <= set(keys)
+            "training.rows_seen", "training.perplexity", "training.clip", "training.schedule", "training.adamw", "training.which_batch",
+            "memory.held", "memory.parameters", "memory.first_too_large", "memory.checkpointing", "memory.chunked_loss", "memory.sixteen_of_24",
+            "lora.trainable", "lora.fresh", "lora.merged", "lora.step", "lora.as_one", "lora.learned_nothing",
+            "quantization.pack", "quantization.weighed", "quantization.blocks", "quantization.restored", "quantization.normal_float", "quantization.worse_after_merge"} <= set(keys)
 
 # the notebooks
 
