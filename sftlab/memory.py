@@ -283,7 +283,7 @@ def plot(
     left = [0.0] * len(estimates)
     for i, name in enumerate(estimates[0].terms):
         sizes = [e.terms[name] / 1e9 for e in estimates]
-        if any(sizes): ax.barh(range(len(estimates)), sizes, left=left, label=name, color=f"C{i}", hatch=_HATCHES[i], edgecolor="white")
+        if any(sizes): ax.barh(range(len(estimates)), sizes, left=left, label=name, color=f"C{i}", hatch=_HATCHES[i], edgecolor="white", lw=0)
         left = [l + s for l, s in zip(left, sizes)]
     ax.set_yticks(range(len(estimates)), [e.run for e in estimates], fontsize=8)
     ax.invert_yaxis(); ax.set_xlabel("GB at the peak"); ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
