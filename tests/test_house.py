@@ -1,10 +1,13 @@
 "The house around the lessons: quick imports, pins, make, continuous integration."
+import ast
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -75,6 +78,33 @@ def test_every_requirement_is_pinned_within_its_range():
     for r in requirements():
         [pin] = pins()[canonicalize_name(r.name)].specifier
         assert pin.operator == "==" and r.specifier.contains(pin.version), f"{r}, but {pin}"
+
+
+def brought_by(*kinds):
+    "The distributions that an installation with these requirements has, and those they ask for in turn."
+    found, todo = set(), [r for kind in kinds for r in settings()[kind].split()]
+    while todo:
+        r = Requirement(todo.pop())
+        if (name := canonicalize_name(r.name)) in found or (r.marker and not any(r.marker.evaluate({"extra": extra}) for extra in {"", *r.extras})): continue
+        found.add(name)
+        todo += metadata.requires(name) or []
+    return found
+
+
+def imported_by(notebook):
+    code = ["".join(c["source"]) for c in json.loads(notebook.read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
+    nodes = [node for source in code for node in ast.walk(ast.parse(re.sub(r"^\s*[%!].*", "", source, flags=re.MULTILINE)))]
+    names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names] + [n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level]
+    return {name.split(".")[0] for name in names}
+
+
+def test_lessons_need_nothing_but_the_package_and_its_lab():
+    "A learner without make installs sftlab[lab], and no development tools."
+    there, owners = brought_by("requirements", "lab_requirements"), metadata.packages_distributions()
+    needed = {name for path in [*ROOT.glob("nbs/[0-9]*.ipynb"), *ROOT.glob("exercises/*.ipynb")] for name in imported_by(path)} - set(sys.stdlib_module_names) - {"sftlab"}
+    missing = {name for name in needed if not {canonicalize_name(d) for d in owners[name]} & there}
+    assert "torch" in needed and missing == set()
+    assert "bitsandbytes" in needed and "bitsandbytes" not in brought_by("requirements") and "nbdev" not in there # the control
 
 
 def test_pins_are_exact_and_serve_every_build():

@@ -104,7 +104,7 @@ def test_checkpoints_without_the_mark_are_passed_over(tmp_path):
     ("epoch: 2", "there is no setting 'epoch'; did you mean 'epochs'?"),
     ("learning-rat: 1", "did you mean 'learning_rate'?"),
     ("epochs: many", "'--epochs'"),
-    ("method: qlora", "'full', 'lora'"),
+    ("method: lora4", "'full', 'lora', 'qlora'"),
     ("- epochs", "must hold names and values"),
     ("epochs: [", "while parsing"),
     ("", "must hold names and values"),

@@ -302,6 +302,8 @@ def test_the_seed_decides(tmp_path):
 
 def test_the_plot_is_drawn_and_updated(monkeypatch):
     import IPython.display
+    import matplotlib.pyplot as plt
+    plt.close("all")
     shown = []
     class Handle:
         def update(self, fig): shown.append(fig)
@@ -311,7 +313,6 @@ def test_the_plot_is_drawn_and_updated(monkeypatch):
     shown.clear()
     quiet_train(small(), ROWS, Settings(epochs=1), watch=LossPlot(every=1000))
     assert len(shown) == 2  # the first step and the last
-    import matplotlib.pyplot as plt
     assert not plt.get_fignums()
 
 

@@ -176,8 +176,8 @@ def test_notebooks_use_the_wheel(python, course, tmp_path):
         run(course / "probe.ipynb", tmp_path / "refused", limit=60 * FACTOR)
 
 
-@pytest.mark.parametrize("name", ["reference/micro_world.ipynb", "01_base_vs_instruct.ipynb"])
+@pytest.mark.parametrize("name", ["reference/micro_world.ipynb", "07_lora.ipynb"])
 def test_a_notebook_of_the_wheel_runs(python, course, tmp_path, name):
-    "Lesson 1 trains, and takes a minute or two."
+    "Lesson 7 trains, and reads what long experiments left beside the lessons."
     run(course / name, tmp_path / "refused", limit=3 * FACTOR * BUDGET.get(f"nbs/{name}", 60), python=python)
     assert not (tmp_path / "refused").exists()
