@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['absmax_quantize', 'absmax_dequantize', 'nf4_values', 'QuantizationError', 'code_values', 'nearest', 'scale_blocks',
            'Quantized', 'quantize', 'dequantize', 'dynamic_values', 'quantize_absmax', 'dequantize_absmax',
-           'Linear4bit', 'quantize_model', 'bits_per_parameter', 'nf4_config', 'keep_gradients', 'dequantize_model']
+           'Linear4bit', 'quantize_model', 'bits_per_parameter', 'keep_gradients', 'dequantize_model']
 
 # %% ../nbs/08_qlora.ipynb #a405e87d
 import torch, torch.nn.functional as F
@@ -215,16 +215,6 @@ def bits_per_parameter(
     return pd.DataFrame(rows, index=["parameters", "bytes"]).T.assign(**{"bits a parameter": lambda d: 8 * d["bytes"] / d["parameters"]})
 
 # %% ../nbs/08_qlora.ipynb #60d8caaf
-def nf4_config(
-    compute_dtype=torch.float32, # of the products; bfloat16 on a newer GPU
-    double:bool=True,
-): # a transformers `BitsAndBytesConfig`, for `from_pretrained(quantization_config=…)`
-    "NF4 by bitsandbytes; one clear message where that is not installed."
-    from importlib.util import find_spec
-    from transformers import BitsAndBytesConfig
-    if find_spec("bitsandbytes") is None: raise QuantizationError("loading in 4 bits needs bitsandbytes: run `pip install bitsandbytes`, or load the model as it is and use sftlab.quantization.quantize_model, which needs nothing")
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=compute_dtype)
-
 def keep_gradients(
     model, # with bitsandbytes' 4-bit layers
 ): # the model

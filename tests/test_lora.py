@@ -96,6 +96,13 @@ options = st.fixed_dictionaries(dict(
     tokens=st.one_of(st.none(), st.lists(st.integers(0, 63), min_size=1, max_size=4, unique=True))))
 
 
+def same_merged_and_back(ours, theirs):
+    for change, their_change in ((merge, theirs.merge_adapter), (unmerge, theirs.unmerge_adapter)):
+        change(ours)
+        their_change()
+        assert logits(ours).equal(logits(theirs))
+
+
 @settings(max_examples=25)
 @given(options, st.sampled_from([LlamaForCausalLM, Qwen2ForCausalLM]), st.booleans())
 def test_equal_to_peft_with_any_options(chosen, kind, tied):
@@ -105,12 +112,7 @@ def test_equal_to_peft_with_any_options(chosen, kind, tied):
     for (loss, gradients), (their_loss, their_gradients) in zip(learn(ours), learn(theirs)):
         assert loss == their_loss and same(gradients, their_gradients)
     assert same(trained(ours), trained(theirs)) and logits(ours).equal(logits(theirs))
-    merge(ours)
-    theirs.merge_adapter()
-    assert logits(ours).equal(logits(theirs))
-    unmerge(ours)
-    theirs.unmerge_adapter()
-    assert logits(ours).equal(logits(theirs))
+    same_merged_and_back(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -120,12 +122,7 @@ def test_equal_to_peft_on_a_base_of_16_bits(dtype, more):
     assert all(p.dtype == torch.float32 for p in trained(ours).values()) and same(trained(ours), trained(theirs))
     assert [x[0] for x in learn(ours)] == [x[0] for x in learn(theirs)] and same(trained(ours), trained(theirs))
     assert logits(ours).dtype == dtype and logits(ours).equal(logits(theirs))
-    merge(ours)
-    theirs.merge_adapter()
-    assert logits(ours).equal(logits(theirs))
-    unmerge(ours)
-    theirs.unmerge_adapter()
-    assert logits(ours).equal(logits(theirs))
+    same_merged_and_back(ours, theirs)
 
 
 def test_the_comparison_notices_another_seed_and_a_small_change():
