@@ -18,19 +18,19 @@ test: $(INSTALLED) ## run every notebook, the tests and the browser test, two at
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(TEST_ARGS)
 
 bench: $(INSTALLED) ## time our training and data preparation against TRL's, on a quiet machine (SFTLAB_REAL_DATA=… for real files too)
-	@HF_HUB_OFFLINE=1 $(BIN)/python -c "from sftlab.bench import main; main()"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -c "from sftlab.study.bench import main; main()"
 
 NAME ?= all
 experiments: $(INSTALLED) ## run the long experiments whose code has changed (NAME=… for one of them); goes on where it was stopped
-	@$(BIN)/python -c "from sftlab.experiments import main; main('$(NAME)')"
+	@$(BIN)/python -c "from sftlab.study.experiments import main; main('$(NAME)')"
 
-exercises: $(INSTALLED) ## make the learners' notebooks and sftlab/checks/ from exercises/solutions/
+exercises: $(INSTALLED) ## make the learners' notebooks and sftlab/study/checks/ from exercises/solutions/
 	@$(BIN)/nbdev_clean --fname exercises/solutions
 	@$(BIN)/nbdev_export --path exercises/solutions
-	@$(BIN)/python -c "from sftlab.exercises import make_notebooks; print(*make_notebooks(), sep='\n')"
+	@$(BIN)/python -c "from sftlab.study.exercises import make_notebooks; print(*make_notebooks(), sep='\n')"
 
 nbgrader: $(INSTALLED) ## make a course for nbgrader in _nbgrader/ (there: nbgrader generate_assignment 01_generation)
-	@$(BIN)/python -c "from sftlab.exercises import make_nbgrader; print(*make_nbgrader(), sep='\n')"
+	@$(BIN)/python -c "from sftlab.study.exercises import make_nbgrader; print(*make_nbgrader(), sep='\n')"
 
 docs: $(INSTALLED) ## build the website in _docs/ (needs Quarto)
 	@$(BIN)/python tools/docs.py
@@ -39,10 +39,10 @@ readme: $(INSTALLED) ## make README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
 tiny-model: $(INSTALLED) ## rebuild the tiny model from nothing: text, tokenizer, pretraining, gates (one to two hours on two cores)
-	@$(BIN)/python -c "from sftlab.pretraining import build, gates; build(); gates()"
+	@$(BIN)/python -c "from sftlab.tiny.pretraining import build, gates; build(); gates()"
 
 gates: $(INSTALLED) ## measure whether the tiny model behaves as the lessons need
-	@$(BIN)/python -c "from sftlab.pretraining import gates; gates()"
+	@$(BIN)/python -c "from sftlab.tiny.pretraining import gates; gates()"
 
 clean: ## remove what builds and tests leave behind (keeps .venv, workspace/ and runs/)
 	rm -rf build dist *.egg-info _proc _docs .pytest_cache .hypothesis

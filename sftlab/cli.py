@@ -14,7 +14,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Annotated, List, Optional
 import typer
-from .data import FORMATS, DataError, kept_rows, rejected_path, scan, split_rows, write_rows
+from .data import FORMATS, DataError, iter_valid_rows, rejected_path, scan, split_rows, write_rows
 from .finetune import FinetuneError, context_length, default_learning_rate, encode, finetune, is_tiny, whole_folder
 from .memory import ATTENTIONS, CONFIGS, OPTIMIZERS, PRECISIONS, MemoryEstimateError
 from .models import PRESETS, ModelError, find, load, pick_device, pick_dtype
@@ -35,7 +35,8 @@ def main(
 ) -> int: # exit status
     "Run one command; errors that are not bugs become one line."
     for stream in (sys.stdin, sys.stdout): # a terminal or pipe that is not UTF-8 loses characters, not the program
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         args = sys.argv[1:] if args is None else args
         status = app(args, prog_name="sftlab", standalone_mode=False, obj=args) or 0
@@ -43,15 +44,19 @@ def main(
     except UsageError as e:
         path = e.ctx.command_path if e.ctx else "sftlab"
         return _fail(f"{e.format_message()} (see: {path} --help)", 2)
-    except (DataError, FinetuneError, MemoryEstimateError, ModelError) as e: return _fail(e)
+    except (DataError, FinetuneError, MemoryEstimateError, ModelError) as e:
+        return _fail(e)
     except BrokenPipeError: # `sftlab doctor | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except OSError as e: return _fail(e)
+    except OSError as e:
+        return _fail(e)
     except RuntimeError as e:
-        if "memory" not in str(e): raise
+        if "memory" not in str(e):
+            raise
         return _fail(f"not enough memory: use a smaller model, or --method lora ({str(e).splitlines()[0]})")
-    except (KeyboardInterrupt, typer.Abort): return _fail("stopped", 130)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("stopped", 130)
 
 def _fail(why, status:int=1) -> int: # `status`
     print(f"sftlab: {why}", file=sys.stderr)
@@ -67,7 +72,8 @@ def _quiet():
     import datasets, transformers
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    for name in ("transformers", "trl", "peft", "bitsandbytes"): logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("transformers", "trl", "peft", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 
 def _say(
@@ -93,9 +99,11 @@ def check(file:_FILE):
     kept = rejected = 0
     for record in _counted(scan(file)):
         kept, rejected = kept + (not record.problems), rejected + bool(record.problems)
-        for problem in record.problems: print(f"{file}: {record.place}: {problem}")
+        for problem in record.problems:
+            print(f"{file}: {record.place}: {problem}")
     _say("rows", f"{kept + rejected:,} read, {kept:,} can be used, {rejected:,} cannot")
-    if rejected: raise typer.Exit(1)
+    if rejected:
+        raise typer.Exit(1)
 
 @data_app.command(epilog=_examples("sftlab data convert alpaca.json --output chats.jsonl", "sftlab data convert chats.jsonl.gz --to sharegpt --output chats.parquet"))
 def convert(
@@ -108,17 +116,23 @@ def convert(
     written = 0
     def counted():
         nonlocal written
-        for row in _counted(kept_rows(file, on_error.value)): written += 1; yield row
+        for row in _counted(iter_valid_rows(file, on_error.value)):
+            written += 1
+            yield row
     write_rows(counted(), output, to.value)
     _say("written", f"{output}: {written:,} rows")
-    if rejected_path(file).exists() and on_error is OnError.quarantine: _say("rejected", f"{rejected_path(file)}")
+    if rejected_path(file).exists() and on_error is OnError.quarantine:
+        _say("rejected", f"{rejected_path(file)}")
 
 def _shares(text:str) -> dict: # name -> share
     try:
         shares = {name: float(share) for name, share in (part.split("=") for part in text.split(","))}
-        if min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6 or len(shares) < 2: raise ValueError
-        if any(not name.replace("_", "").isalnum() for name in shares): raise ValueError
-    except ValueError: raise typer.BadParameter(f"{text!r}: must be names with shares that add up to 1, such as train=0.8,validation=0.1,test=0.1", param_hint="'--shares'")
+        if min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6 or len(shares) < 2:
+            raise ValueError
+        if any(not name.replace("_", "").isalnum() for name in shares):
+            raise ValueError
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: must be names with shares that add up to 1, such as train=0.8,validation=0.1,test=0.1", param_hint="'--shares'")
     return shares
 
 @data_app.command(epilog=_examples("sftlab data split chats.jsonl --output parts", "sftlab data split chats.jsonl --output parts --shares train=0.9,test=0.1 --by author"))
@@ -133,11 +147,15 @@ def split(
     "Split into training, validation and test rows; rows that are equal or nearly so stay together."
     parts = _shares(shares)
     with whole_folder(output) as folder:
-        rows = list(_counted(kept_rows(file, on_error.value)))
-        try: found = split_rows(rows, parts, seed, by)
-        except DataError as e: raise DataError(f"{file}: {e}") from None
-        for name, part in found.items(): write_rows(part, folder / f"{name}.jsonl")
-    for name, part in found.items(): _say(name, f" {output / name}.jsonl: {len(part):,} rows")
+        rows = list(_counted(iter_valid_rows(file, on_error.value)))
+        try:
+            found = split_rows(rows, parts, seed, by)
+        except DataError as e:
+            raise DataError(f"{file}: {e}") from None
+        for name, part in found.items():
+            write_rows(part, folder / f"{name}.jsonl")
+    for name, part in found.items():
+        _say(name, f" {output / name}.jsonl: {len(part):,} rows")
 
 @data_app.command(epilog=_examples("sftlab data stats chats.jsonl", "sftlab data stats chats.jsonl --model tiny --plot chats.png"))
 def stats(
@@ -148,14 +166,15 @@ def stats(
 ):
     "Show what is in a file: lengths, turns, roles, scripts, near-duplicates, how much of it are answers."
     from sftlab.data import full_text, near_duplicates, picture, profile
-    rows = list(_counted(kept_rows(file, on_error.value)))
+    rows = list(_counted(iter_valid_rows(file, on_error.value)))
     tokenizer = load(model)[1] if model else None
     table, unit = profile(rows, tokenizer), "tokens" if model else "characters"
     _say("rows", f"{len(rows):,}")
     _say("turns", ", ".join(f"{n}: {count:,} rows" for n, count in table["turns"].value_counts().sort_index().items()))
     _say("length", f"{unit} a row: half have up to {table['length'].median():,.0f}, 95 % up to {table['length'].quantile(0.95):,.0f}, the longest {table['length'].max():,}")
     _say("answers", f"{table['answers'].sum() / table['length'].sum():.0%} of the {unit}")
-    for name in ("roles", "scripts"): _say(name, ", ".join(f"{kind}: {count:,} rows" for kind, count in table[name].value_counts().items()))
+    for name in ("roles", "scripts"):
+        _say(name, ", ".join(f"{kind}: {count:,} rows" for kind, count in table[name].value_counts().items()))
     _say("repeats", f"{len(rows) - len(set(near_duplicates([full_text(row) for row in rows]))):,} rows are nearly the same as another")
     if plot:
         picture(rows, tokenizer).savefig(plot, dpi=120)
@@ -200,7 +219,8 @@ def _progress():
             self.on_epoch_end(args, state, control)
         def on_step_end(self, args, state, control, **_): self.bar.update()
         def on_log(self, args, state, control, logs, **_):
-            if "loss" in logs: self.bar.set_postfix_str(f"loss {logs['loss']:.3f}")
+            if "loss" in logs:
+                self.bar.set_postfix_str(f"loss {logs['loss']:.3f}")
         def on_epoch_end(self, args, state, control, **_):
             self.bar.clear()
             _say("", f"epoch {state.epoch or 0:.3g}: held-out loss {_held_out(state.log_history)[-1]:.3f}")
@@ -225,7 +245,8 @@ def _plot(history:list, path, title:str):
 
 # %% ../nbs/reference/cli.ipynb #87d18482
 def _file_hash(path) -> str: # SHA-256
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 @contextmanager
 def _unfinished(
@@ -239,7 +260,8 @@ def _unfinished(
     if begun and not anew:
         before = json.loads(known.read_text("utf-8"))
         other = [f"{name} {before.get(name)}, not {settings.get(name)}" for name in {**before, **settings} if before.get(name) != settings.get(name)]
-        if other: raise FinetuneError(f"{output}: an unfinished run stands there with other settings ({'; '.join(other)}): give the same ones to go on with it, --overwrite to begin anew, or another --output")
+        if other:
+            raise FinetuneError(f"{output}: an unfinished run stands there with other settings ({'; '.join(other)}): give the same ones to go on with it, --overwrite to begin anew, or another --output")
         _say("resume", f"an earlier run was stopped; this one goes on where it was ({folder})")
     else:
         shutil.rmtree(folder, ignore_errors=True)
@@ -249,21 +271,28 @@ def _unfinished(
         yield folder
         shutil.rmtree(folder)
     finally:
-        if not any(folder.glob("checkpoint-*/complete")): shutil.rmtree(folder, ignore_errors=True) # nothing to go on from
+        if not any(folder.glob("checkpoint-*/complete")):
+            shutil.rmtree(folder, ignore_errors=True) # nothing to go on from
 
 # %% ../nbs/reference/cli.ipynb #78d645f6
 def _from_config(ctx:typer.Context, path:Optional[Path]):
     "Take the options' defaults from a file."
-    if path is None: return
+    if path is None:
+        return
     import difflib, yaml
-    try: given = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise typer.BadParameter(f"{path}: {' '.join(str(e).split())}")
-    if not isinstance(given, dict): raise typer.BadParameter(f"{path}: must hold names and values, such as\n  epochs: 2")
+    try:
+        given = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise typer.BadParameter(f"{path}: {' '.join(str(e).split())}")
+    if not isinstance(given, dict):
+        raise typer.BadParameter(f"{path}: must hold names and values, such as\n  epochs: 2")
     names = [p.name for p in ctx.command.params if p.name not in ("config", "help")]
     given = {str(name).replace("-", "_"): value for name, value in given.items()}
     for name, value in given.items():
-        if name not in names: raise typer.BadParameter(f"{path}: there is no setting {name!r}; did you mean {difflib.get_close_matches(name, names, 1, 0)[0]!r}? (There are {', '.join(names)}.)")
-        if not isinstance(value, (str, int, float)): raise typer.BadParameter(f"{path}: {name!r} must be one text or number")
+        if name not in names:
+            raise typer.BadParameter(f"{path}: there is no setting {name!r}; did you mean {difflib.get_close_matches(name, names, 1, 0)[0]!r}? (There are {', '.join(names)}.)")
+        if not isinstance(value, (str, int, float)):
+            raise typer.BadParameter(f"{path}: {name!r} must be one text or number")
     ctx.default_map = {name: str(value) for name, value in given.items()} # as on the command line
     return path
 
@@ -295,9 +324,10 @@ def train(
     settings = dict(data_sha256=_file_hash(data), model=model, method=method.value, epochs=epochs, learning_rate=learning_rate, max_rows=max_rows, seed=seed, on_error=on_error.value,
                     versions={name: metadata.version(name) for name in ("sftlab", "torch", "transformers", "trl", "peft")})
     with whole_folder(output, overwrite) as folder, _unfinished(output, settings, overwrite) as checkpoints:
-        rows = list(kept_rows(data, on_error.value))
+        rows = list(iter_valid_rows(data, on_error.value))
         _say("read", f"{len(rows):,} rows from {data}")
-        if on_error is OnError.quarantine and rejected_path(data).exists(): _say("", f"what cannot be used stands in {rejected_path(data)}")
+        if on_error is OnError.quarantine and rejected_path(data).exists():
+            _say("", f"what cannot be used stands in {rejected_path(data)}")
         if max_rows and max_rows < len(rows):
             rows = random.Random(seed).sample(rows, max_rows)
             _say("", f"{max_rows:,} of them are used (--max-rows)")
@@ -308,12 +338,16 @@ def train(
         _say("model", f"{model}: {net.num_parameters() / 1e6:,.1f} million parameters, {'4 bits and ' * getattr(net, 'is_loaded_in_4bit', False)}{str(net.dtype)[6:]} on {net.device.type}, --method {method.value}")
         _say("context", f"{limit} tokens; {long} of {read} rows are longer and are cut there" + (
             f"; {read - len(rows)} of these have no answer before the cut and are left out" if read > len(rows) else ""))
-        if not rows: raise FinetuneError(f"{data}: no answer begins within {limit} tokens: shorten the questions")
+        if not rows:
+            raise FinetuneError(f"{data}: no answer begins within {limit} tokens: shorten the questions")
         share = min(0.1, 200 / len(rows))
-        try: train_rows, held_out_rows = split_rows(rows, {"train": 1 - share, "held out": share}, seed).values()
-        except DataError as e: raise DataError(f"{data}: {e}") from None
+        try:
+            train_rows, held_out_rows = split_rows(rows, {"train": 1 - share, "held out": share}, seed).values()
+        except DataError as e:
+            raise DataError(f"{data}: {e}") from None
         _say("split", f"{len(train_rows):,} rows to train on, {len(held_out_rows)} held out (seed {seed}; rows that are nearly the same stay on one side)")
-        if is_tiny(net): _say("note", TINY)
+        if is_tiny(net):
+            _say("note", TINY)
 
         questions = _questions(tokenizer, held_out_rows, limit)
         answers = [_answers(net, tokenizer, questions)]
@@ -327,7 +361,8 @@ def train(
         for messages, *pair in zip(questions, *answers):
             print()
             _say("question", _short(messages[-1]["content"]))
-            for when, answer in zip(("before", "after"), pair): _say(when, _short(answer) or "(nothing)")
+            for when, answer in zip(("before", "after"), pair):
+                _say(when, _short(answer) or "(nothing)")
         print()
         _say("loss", f"held out, nats a token: {before:.3f} before, {after:.3f} after")
         _plot(history, folder / "loss.png", f"{data.name}: {model}, {method.value}")
@@ -344,7 +379,8 @@ def _within(
     limit:int, # tokens that the prompt may have
 ) -> tuple: # messages that fit, and their token ids; no messages where not even the newest question fits
     "Drop the oldest turns until the prompt fits."
-    while messages and len(ids := _prompt(tokenizer, messages)) > limit: messages = messages[2:]
+    while messages and len(ids := _prompt(tokenizer, messages)) > limit:
+        messages = messages[2:]
     return messages, ids
 
 # %% ../nbs/reference/cli.ipynb #46e7948e
@@ -360,13 +396,15 @@ def _reply(
     if not kept:
         print(f"(too long: {len(ids)} tokens, and {limit} fit into the model's context: ask in fewer words)")
         return messages[:-1]
-    if kept != messages: print(f"(the context is full: the oldest {len(messages) - len(kept)} messages are forgotten)")
+    if kept != messages:
+        print(f"(the context is full: the oldest {len(messages) - len(kept)} messages are forgotten)")
     answer = ""
     try:
         for piece in stream(model, tokenizer, ids, max_new_tokens=room, temperature=0):
             print(piece, end="", flush=True)
             answer += piece
-    except KeyboardInterrupt: print(" (stopped)", end="")
+    except KeyboardInterrupt:
+        print(" (stopped)", end="")
     print(flush=True)
     return kept + [dict(role="assistant", content=answer)]
 
@@ -379,34 +417,46 @@ def chat(
     "Talk to a model. Ctrl-C stops an answer; Ctrl-D or /quit ends the conversation."
     _quiet()
     net, tokenizer = load(model)
-    if not tokenizer.chat_template: raise ModelError(f"{model} has no chat template, so it cannot chat: train it first, or take another model")
+    if not tokenizer.chat_template:
+        raise ModelError(f"{model} has no chat template, so it cannot chat: train it first, or take another model")
     room = min(512, net.config.max_position_embeddings // 2)
     terminal, messages = sys.stdin.isatty(), []
     if terminal:
-        with suppress(ImportError): import readline # arrow keys and history while typing (Windows has them anyway)
+        with suppress(ImportError):
+            import readline # arrow keys and history while typing (Windows has them anyway)
         print(f"{model} on {net.device.type}. Ctrl-C stops an answer; Ctrl-D or /quit ends.")
     while True:
-        try: text = input("> " if terminal else "").strip()
-        except EOFError: break
+        try:
+            text = input("> " if terminal else "").strip()
+        except EOFError:
+            break
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /quit ends)")
             continue
-        if text == "/quit": break
-        if text: messages = _reply(net, tokenizer, messages + [dict(role="user", content=text)], room)
-    if terminal: print()
+        if text == "/quit":
+            break
+        if text:
+            messages = _reply(net, tokenizer, messages + [dict(role="user", content=text)], room)
+    if terminal:
+        print()
 
 # %% ../nbs/reference/cli.ipynb #c8d9c916
 def _choice(name, values): return Enum(name, {value: value for value in values}, type=str)
 Precision, Attention, Optimizer = _choice("Precision", PRECISIONS), _choice("Attention", ATTENTIONS), _choice("Optimizer", OPTIMIZERS)
 
 def _numbers(model:str): # what `estimate` takes: a name that it knows, or a config
-    if model in PRESETS: model = PRESETS[model].model
+    if model in PRESETS:
+        model = PRESETS[model].model
     short = model.split("/")[-1].lower().removesuffix("-base") # Qwen/Qwen3-4B-Base is known as qwen3-4b
-    if short in CONFIGS: return short
+    if short in CONFIGS:
+        return short
     from transformers import AutoConfig
-    try: return AutoConfig.from_pretrained(find(model))
-    except ModelError as e: raise ModelError(f"{e} Known without any file: {', '.join(CONFIGS)}") from None
-    except (OSError, ValueError) as e: raise ModelError(f"{model}: its config cannot be read: {str(e).splitlines()[0]}") from None
+    try:
+        return AutoConfig.from_pretrained(find(model))
+    except ModelError as e:
+        raise ModelError(f"{e} Known without any file: {', '.join(CONFIGS)}") from None
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{model}: its config cannot be read: {str(e).splitlines()[0]}") from None
 
 @app.command(epilog=_examples("sftlab memory llama-2-7b --method qlora --card 16", "sftlab memory tiny --method full --batch 8 --length 512",
                               "sftlab memory qwen3-4b --card 24 --precision bf16 --no-checkpointing"))
@@ -427,17 +477,22 @@ def memory(
     numbers = _numbers(model)
     more = dict(precision=precision.value, checkpointing=checkpointing, attention=attention.value, optimizer=optimizer.value, r=r)
     print(estimate(numbers, method.value, batch, length, **more))
-    if card is None: return
+    if card is None:
+        return
     tokens = largest(numbers, method.value, card, batch=batch, **more)
-    try: rows = largest(numbers, method.value, card, length=length, **more)
-    except MemoryEstimateError: rows = 0
+    try:
+        rows = largest(numbers, method.value, card, length=length, **more)
+    except MemoryEstimateError:
+        rows = 0
     verdict = "fits" if rows >= batch else "does not fit"
     _say("card", f"{card:g} GB, of which a tenth is left free: this run {verdict}; rows of {length:,} tokens: {rows:,} at most; {batch:,} row{'s' * (batch > 1)} at a time: {tokens:,} tokens at most")
 
 # %% ../nbs/reference/cli.ipynb #237ee802
 def _version(package:str) -> str: # or `None` where it is not installed
-    try: return metadata.version(package)
-    except metadata.PackageNotFoundError: return None
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 @app.command(epilog="Asking for help? Send what it prints.")
 def doctor():
@@ -445,7 +500,8 @@ def doctor():
     import psutil
     versions = {name: _version(name) for name in ("sftlab", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "jupyterlab")}
     _say("python", f"{sys.version.split()[0]} on {sys.platform} ({sys.executable})")
-    for name, version in versions.items(): print(f"{name:<13}{version or 'not installed'}")
+    for name, version in versions.items():
+        print(f"{name:<13}{version or 'not installed'}")
     gpu = 0
     if versions["torch"]:
         import torch
@@ -468,7 +524,8 @@ def doctor():
         ("QLoRA labs, --model t4 (4B in 4 bits)", gpu >= 14 and versions["bitsandbytes"] and disk >= 10, "a GPU of 15 GB, bitsandbytes, 10 GiB of disk"),
         ("LoRA, --model gpu (8B)", gpu >= 22 and disk >= 20, "a GPU of 24 GB, 20 GiB of disk")):
         print(f"  {'yes' if works else 'no ':<5}{what}" + ("" if works else f" (needs: {wants})"))
-    if not lessons: raise typer.Exit(1)
+    if not lessons:
+        raise typer.Exit(1)
 
 # %% ../nbs/reference/cli.ipynb #31ca460a
 FIRST = "01_base_vs_instruct.ipynb"
@@ -482,8 +539,10 @@ def _course() -> dict: # path inside the copy, with slashes -> path of the origi
     for folder, inside in (("nbs", ""), ("exercises", "exercises")):
         for path in sorted((root / folder).rglob("*")):
             parts = path.relative_to(root / folder).parts
-            if path.is_file() and not any(p.startswith((".", "_")) or p == "solutions" for p in parts): files[Path(inside, *parts).as_posix()] = path
-    if FIRST not in files: raise FinetuneError("the lessons are neither inside the package nor beside it: install it again from its repository, with pip install '.[lab]'")
+            if path.is_file() and not any(p.startswith((".", "_")) or p == "solutions" for p in parts):
+                files[Path(inside, *parts).as_posix()] = path
+    if FIRST not in files:
+        raise FinetuneError("the lessons are neither inside the package nor beside it: install it again from its repository, with pip install '.[lab]'")
     return files
 
 # %% ../nbs/reference/cli.ipynb #8be3f04a
@@ -494,7 +553,8 @@ def _make_folder(
     "Make a folder of the copy where it is missing."
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
         raise FinetuneError(f"{path} lies outside of {root}, because of a link: remove the link, or name another folder")
-    try: path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         taken = next(p for p in (path, *path.parents) if os.path.lexists(p))
         raise FinetuneError(f"{taken} is not a folder, and the course needs one of that name: rename it, or name another folder") from None
@@ -503,7 +563,8 @@ def _put(content:bytes, path:Path):
     "Write a file whole or not at all."
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True) # of a run that was killed
-    with open(partial, "xb") as file: file.write(content) # x: never into something that is there, such as a link
+    with open(partial, "xb") as file:
+        file.write(content) # x: never into something that is there, such as a link
     os.replace(partial, path)
 
 # %% ../nbs/reference/cli.ipynb #c4f7a9d1
@@ -511,14 +572,17 @@ LIST = ".sftlab.json" # in the learner's folder: path -> hash of the version tha
 
 def _given(folder:Path) -> dict: # empty where the list is missing or broken
     "What the list in `folder` says."
-    try: given = json.loads((folder / LIST).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError): return {}
+    try:
+        given = json.loads((folder / LIST).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
     return given if isinstance(given, dict) else {}
 
 def _hash(content:bytes) -> str: return hashlib.sha256(content).hexdigest()
 
 def _found(path:Path) -> str: # hash of the file that is there; "" for a link or a folder, `None` for nothing
-    if path.is_file() and not path.is_symlink(): return _hash(path.read_bytes())
+    if path.is_file() and not path.is_symlink():
+        return _hash(path.read_bytes())
     return "" if os.path.lexists(path) else None
 
 def _beside(name:str) -> str: # "images/a.svg" -> "images/a.new.svg"
@@ -535,17 +599,22 @@ def _copy(
     for inside, original in files.items():
         name, content, before = inside, original.read_bytes(), dict(given)
         version = _hash(content)
-        if given.get(name) == version and _found(folder / name) not in (None, version): continue # the learner changed this very version
-        while (there := _found(folder / name)) not in (None, version, given.get(name)): name = _beside(name) # not ours to replace
+        if given.get(name) == version and _found(folder / name) not in (None, version):
+            continue # the learner changed this very version
+        while (there := _found(folder / name)) not in (None, version, given.get(name)):
+            name = _beside(name) # not ours to replace
         _make_folder((folder / name).parent, folder)
         if there != version:
             _put(content, folder / name)
             written += 1
-            if name != inside: beside.append(name)
+            if name != inside:
+                beside.append(name)
         spare = _beside(name) # put there earlier; now it would be an old version, or a second copy
-        if (was := given.pop(spare, None)) and was == _found(folder / spare): (folder / spare).unlink()
+        if (was := given.pop(spare, None)) and was == _found(folder / spare):
+            (folder / spare).unlink()
         given[inside] = given[name] = version
-        if given != before: _put(json.dumps(given, indent=1, sort_keys=True).encode(), folder / LIST)
+        if given != before:
+            _put(json.dumps(given, indent=1, sort_keys=True).encode(), folder / LIST)
     return written, beside
 
 # %% ../nbs/reference/cli.ipynb #c353d268
@@ -557,18 +626,23 @@ def lab(
 ):
     "Open the course in JupyterLab. It is copied into DIR first; what you have changed there is never overwritten."
     options = list(options or [])
-    if folder.startswith("-"): folder, options = "sftlab-course", [folder, *options] # options alone
+    if folder.startswith("-"):
+        folder, options = "sftlab-course", [folder, *options] # options alone
     folder = Path(folder)
-    if not util.find_spec("jupyterlab"): raise FinetuneError("JupyterLab is not installed: pip install 'sftlab[lab]'")
+    if not util.find_spec("jupyterlab"):
+        raise FinetuneError("JupyterLab is not installed: pip install 'sftlab[lab]'")
     written, beside = _copy(_course(), folder)
     _say("course", f"{folder.resolve()}: {written} files copied")
-    if beside: _say("new", f"beside files that you have changed, and that stay as they are: {', '.join(beside)}")
+    if beside:
+        _say("new", f"beside files that you have changed, and that stay as they are: {', '.join(beside)}")
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder.resolve()}", f"--LabApp.default_url=/lab/tree/{FIRST}",
                "--ServerApp.ip=127.0.0.1", *options]
-    if getattr(os, "geteuid", lambda: 1)() == 0: command.append("--allow-root") # in a container
+    if getattr(os, "geteuid", lambda: 1)() == 0:
+        command.append("--allow-root") # in a container
     _say("lab", "the address follows; Ctrl-C twice ends it")
     sys.stdout.flush()
-    if os.name == "nt": raise typer.Exit(subprocess.call(command))
+    if os.name == "nt":
+        raise typer.Exit(subprocess.call(command))
     os.execv(sys.executable, command) # JupyterLab takes this process over, and its signals with it
 
 # %% ../nbs/reference/cli.ipynb #b2ffa11b
@@ -577,9 +651,11 @@ def progress(
     folder:Annotated[Optional[Path], typer.Argument(metavar="DIR", help="Your copy of the course; by default this folder, or workspace or sftlab-course in it.")]=None,
 ):
     "Show which questions of the exercises you have done."
-    from sftlab.exercises import Progress
-    if folder and not folder.is_dir(): raise FinetuneError(f"there is no folder {folder}")
+    from sftlab.study.exercises import Progress
+    if folder and not folder.is_dir():
+        raise FinetuneError(f"there is no folder {folder}")
     print(Progress(folder or next((Path(name) for name in ("workspace", "sftlab-course") if Path(name, LIST).exists()), Path("."))))
 
 # %% ../nbs/reference/cli.ipynb #204cf72d
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main()) # python -m sftlab.cli; not in this notebook
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main()) # python -m sftlab.cli; not in this notebook

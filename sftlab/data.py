@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'SPEAKERS', 'FORMATS', 'ACCEPTED', 'TEMPLATES', 'Problem', 'DataError', 'to_messages', 'from_messages',
-           'Record', 'scan', 'kept_rows', 'rejected_path', 'read_rows', 'new_file', 'to_dataset', 'read_messages',
+           'Record', 'scan', 'iter_valid_rows', 'rejected_path', 'read_rows', 'new_file', 'to_dataset', 'read_messages',
            'shingles', 'near_duplicates', 'full_text', 'split_rows', 'profile', 'picture', 'as_instructions', 'flawed',
            'records', 'write_rows']
 
@@ -24,7 +24,8 @@ class Problem:
     field:str # such as `messages[2].content`; empty where the row as a whole is meant
     what:str # what is wrong with it
     mend:str # what to do
-    def __str__(self): return f"{f'field {self.field!r} ' if self.field else ''}{self.what}: {self.mend}"
+    def __str__(self):
+        return f"{f'field {self.field!r} ' if self.field else ''}{self.what}: {self.mend}"
 
 class DataError(ValueError):
     "A file that cannot be used: what is wrong, where it is, and how to mend it."
@@ -43,19 +44,28 @@ def _text(
     "The text in one field."
     value = record.get(name)
     wrong = lambda what, mend: problems.append(Problem(at + name, what, mend))
-    if name not in record: wrong(f"is missing (found: {', '.join(map(str, record)) or 'nothing'})", "add it, or take the row out")
-    elif not isinstance(value, str): wrong(f"is {_kind(value)}", "make it a text in quotes")
-    elif not value.strip(): wrong("is empty", "fill it in, or take the row out")
+    if name not in record:
+        wrong(f"is missing (found: {', '.join(map(str, record)) or 'nothing'})", "add it, or take the row out")
+    elif not isinstance(value, str):
+        wrong(f"is {_kind(value)}", "make it a text in quotes")
+    elif not value.strip():
+        wrong("is empty", "fill it in, or take the row out")
     elif half := _HALF.search(value):
-        if "\udc80" <= half[0] <= "\udcff": wrong(f"has a byte that is not UTF-8 (0x{ord(half[0]) - 0xdc00:02x}, character {half.start() + 1})", "save the file as UTF-8")
-        else: wrong(f"has half a character (U+{ord(half[0]):04X}, character {half.start() + 1})", "write it anew")
-    elif control := _CONTROL.search(value): wrong(f"has the control character U+{ord(control[0]):04X} (character {control.start() + 1})", "take it out")
-    elif mark := _MARKS.search(value): wrong(f"has {mark[0]!r}, a mark of chat templates, typed as text", "spell it in another way, or take the row out")
-    else: return value
+        if "\udc80" <= half[0] <= "\udcff":
+            wrong(f"has a byte that is not UTF-8 (0x{ord(half[0]) - 0xdc00:02x}, character {half.start() + 1})", "save the file as UTF-8")
+        else:
+            wrong(f"has half a character (U+{ord(half[0]):04X}, character {half.start() + 1})", "write it anew")
+    elif control := _CONTROL.search(value):
+        wrong(f"has the control character U+{ord(control[0]):04X} (character {control.start() + 1})", "take it out")
+    elif mark := _MARKS.search(value):
+        wrong(f"has {mark[0]!r}, a mark of chat templates, typed as text", "spell it in another way, or take the row out")
+    else:
+        return value
     return ""
 
 def _kind(value) -> str: # `value`'s type, in JSON's words
-    if value != value: return "NaN (what pandas writes for an empty cell)"
+    if value != value:
+        return "NaN (what pandas writes for an empty cell)"
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null", int: "a number", float: "a number"}
     return names.get(type(value), f"of the type {type(value).__name__}")
 
@@ -63,14 +73,17 @@ def _kind(value) -> str: # `value`'s type, in JSON's words
 def _from_alpaca(row:dict, problems:list) -> list: # messages
     "Instruction and input become the user's turn, output the assistant's."
     history, turns = row.get("history") or [], []
-    if row.get("system"): turns.append(dict(role="system", content=_text(row, "system", problems)))
+    if row.get("system"):
+        turns.append(dict(role="system", content=_text(row, "system", problems)))
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         problems.append(Problem("history", "is not a list of pairs", "write it as [[question, answer], …]"))
         history = []
     for i, pair in enumerate(history):
-        for j, role in enumerate(("user", "assistant")): turns.append(dict(role=role, content=_text({f"[{i}][{j}]": pair[j]}, f"[{i}][{j}]", problems, "history")))
+        for j, role in enumerate(("user", "assistant")):
+            turns.append(dict(role=role, content=_text({f"[{i}][{j}]": pair[j]}, f"[{i}][{j}]", problems, "history")))
     question = _text(row, "instruction", problems)
-    if row.get("input") not in (None, ""): question += "\n\n" + _text(row, "input", problems)
+    if row.get("input") not in (None, ""):
+        question += "\n\n" + _text(row, "input", problems)
     return turns + [dict(role="user", content=question), dict(role="assistant", content=_text(row, "output", problems))]
 
 # %% ../nbs/02_instruction_data.ipynb #141bea72
@@ -93,18 +106,26 @@ def _turns(
     result = []
     for i, turn in enumerate(row[name]):
         at, found = f"{name}[{i}]", len(problems)
-        if not isinstance(turn, dict): problems.append(Problem(at, f"is {_kind(turn)}", f"make it an object with {speaker} and {content}")); continue
+        if not isinstance(turn, dict):
+            problems.append(Problem(at, f"is {_kind(turn)}", f"make it an object with {speaker} and {content}"))
+            continue
         said = _text(turn, speaker, problems, at + ".")
-        if said and said not in roles: problems.append(Problem(f"{at}.{speaker}", f"is {said[:40]!r}", f"must be one of {', '.join(roles)}"))
+        if said and said not in roles:
+            problems.append(Problem(f"{at}.{speaker}", f"is {said[:40]!r}", f"must be one of {', '.join(roles)}"))
         calls, blank = turn.get("tool_calls"), turn.get(content) is None or isinstance(turn[content], str) and not turn[content].strip()
-        if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)): problems.append(Problem(at + ".tool_calls", "is not a list of objects", "write it as [{…}, …]"))
-        if not (blank and (roles.get(said) == "assistant" and calls or roles.get(said) == "tool" and content in turn)): _text(turn, content, problems, at + ".")
+        if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+            problems.append(Problem(at + ".tool_calls", "is not a list of objects", "write it as [{…}, …]"))
+        if not (blank and (roles.get(said) == "assistant" and calls or roles.get(said) == "tool" and content in turn)):
+            _text(turn, content, problems, at + ".")
         rest = {key: value for key, value in turn.items() if key not in (speaker, content)}
-        if both := {"role", "content"} & set(rest): problems.append(Problem(at, f"has {speaker} and {content}, and {' and '.join(sorted(both))} too", "keep the ones that count"))
+        if both := {"role", "content"} & set(rest):
+            problems.append(Problem(at, f"has {speaker} and {content}, and {' and '.join(sorted(both))} too", "keep the ones that count"))
         _check_rest(rest, problems, at + ".")
-        if len(problems) > found: continue
+        if len(problems) > found:
+            continue
         message = rest | dict(role=roles[said]) | ({"content": turn[content]} if content in turn else {})
-        if speaker == "from" and _USUAL[message["role"]] != said: message["from"] = said
+        if speaker == "from" and _USUAL[message["role"]] != said:
+            message["from"] = said
         result.append(message)
     return result
 
@@ -112,8 +133,10 @@ def _check_rest(rest:dict, problems:list, at:str=""):
     "Look for halves of characters and marks of templates in fields that are carried along, whatever they hold."
     for name, value in rest.items():
         held = json.dumps({name: value}, ensure_ascii=False, default=str)
-        if _HALF.search(held): problems.append(Problem(at + ascii(name)[1:-1], "has a byte that is not UTF-8, or half a character", "save the file as UTF-8, or write it anew"))
-        elif (at or name == "tools") and (mark := _MARKS.search(held)): problems.append(Problem(at + name, f"has {mark[0]!r}, a mark of chat templates, typed as text", "spell it in another way, or take the row out"))
+        if _HALF.search(held):
+            problems.append(Problem(at + ascii(name)[1:-1], "has a byte that is not UTF-8, or half a character", "save the file as UTF-8, or write it anew"))
+        elif (at or name == "tools") and (mark := _MARKS.search(held)):
+            problems.append(Problem(at + name, f"has {mark[0]!r}, a mark of chat templates, typed as text", "spell it in another way, or take the row out"))
 
 def _from_sharegpt(row:dict, problems:list) -> list: # messages
     "The turns; before them the system text, where it stands in a field of its own."
@@ -122,7 +145,8 @@ def _from_sharegpt(row:dict, problems:list) -> list: # messages
 
 def _from_prompt(row:dict, problems:list) -> list: # messages
     "Two texts, or two lists of turns."
-    if isinstance(row["prompt"], list) and "completion" in row: return _turns(row, "prompt", problems) + _turns(row, "completion", problems)
+    if isinstance(row["prompt"], list) and "completion" in row:
+        return _turns(row, "prompt", problems) + _turns(row, "completion", problems)
     return [dict(role="user", content=_text(row, "prompt", problems)), dict(role="assistant", content=_text(row, "completion", problems))]
 
 # %% ../nbs/02_instruction_data.ipynb #737c1ec4
@@ -133,13 +157,17 @@ def _check_order(turns:list, problems:list):
     wrong, before = lambda what, mend: problems.append(Problem("", what, mend)), None
     for i, role in enumerate(turn["role"] for turn in turns):
         if role == "system":
-            if i: wrong(f"turn {i + 1} is a system message in the middle", "move it to the start, or make it part of a user's turn")
+            if i:
+                wrong(f"turn {i + 1} is a system message in the middle", "move it to the start, or make it part of a user's turn")
             continue
         want = "assistant" if before in ("user", "tool") else "user"
-        if before == role != "tool": wrong(f"turn {i + 1} is by {role}, as is the one before", "join the two, or put in the turn that is missing between them")
-        elif before not in _BEFORE[role]: wrong(f"turn {i + 1} is by {role} where {want} should speak", "put in the turn that is missing, or take this one out")
+        if before == role != "tool":
+            wrong(f"turn {i + 1} is by {role}, as is the one before", "join the two, or put in the turn that is missing between them")
+        elif before not in _BEFORE[role]:
+            wrong(f"turn {i + 1} is by {role} where {want} should speak", "put in the turn that is missing, or take this one out")
         before = role
-    if not any(turn["role"] == "assistant" for turn in turns): wrong("has no turn by the assistant, so there is nothing to learn", "add the answer, or take the row out")
+    if not any(turn["role"] == "assistant" for turn in turns):
+        wrong("has no turn by the assistant, so there is nothing to learn", "add the answer, or take the row out")
 
 # %% ../nbs/02_instruction_data.ipynb #9d2c64ee
 FORMATS = { # name -> the field that tells it, fields that become messages, how they do
@@ -154,30 +182,41 @@ ACCEPTED = ("accepted are JSON, JSONL, CSV or Parquet with Alpaca rows (instruct
 def _detect(row, problems:list, format:str=None) -> str: # one of `FORMATS`, or None
     "The format of a row, by the fields it has; `format` is that of the rows before."
     advice = f"the rows before have {FORMATS[format][0]!r}, and a file holds one format" if format else ACCEPTED
-    if not isinstance(row, dict): problems.append(Problem("", f"found {_kind(row)} instead of an object", advice)); return None
+    if not isinstance(row, dict):
+        problems.append(Problem("", f"found {_kind(row)} instead of an object", advice))
+        return None
     found = [name for name, (tell, *_) in FORMATS.items() if tell in row]
-    if len(found) > 1: problems.append(Problem("", f"fields {' and '.join(FORMATS[name][0] for name in found)} are both there", "keep the one to be learned from"))
-    elif not found or found[0] != (format or found[0]): problems.append(Problem("", f"found the fields {', '.join(map(str, row)) or '(none)'}", advice))
-    else: return found[0]
+    if len(found) > 1:
+        problems.append(Problem("", f"fields {' and '.join(FORMATS[name][0] for name in found)} are both there", "keep the one to be learned from"))
+    elif not found or found[0] != (format or found[0]):
+        problems.append(Problem("", f"found the fields {', '.join(map(str, row)) or '(none)'}", advice))
+    else:
+        return found[0]
 
 def _convert(row, format:str=None) -> tuple: # the row with `messages`, or None; problems; the format
     "One row of any accepted format as messages."
     problems = []
     kind = _detect(row, problems, format)
-    if not kind: return None, problems, None
+    if not kind:
+        return None, problems, None
     _, used, read = FORMATS[kind]
     turns = read(row, problems)
-    if not problems: _check_order(turns, problems)
+    if not problems:
+        _check_order(turns, problems)
     for name in ("system", "history"):
-        if not row.get(name): continue # empty: stays as it is
-        if kind == "alpaca" or (kind, name) == ("sharegpt", "system"): used += (name,)
-        else: problems.append(Problem(name, "is part of the conversation, and stands outside of it", "make turns of it"))
+        if not row.get(name):
+            continue # empty: stays as it is
+        if kind == "alpaca" or (kind, name) == ("sharegpt", "system"):
+            used += (name,)
+        else:
+            problems.append(Problem(name, "is part of the conversation, and stands outside of it", "make turns of it"))
     rest = {key: value for key, value in row.items() if key not in used}
     _check_rest(rest, problems)
     return (None if problems else dict(messages=turns, **rest)), problems, kind
 
 def _known(format:str):
-    if format not in FORMATS: raise DataError(f"there is no format {format!r}: choose one of {', '.join(FORMATS)}")
+    if format not in FORMATS:
+        raise DataError(f"there is no format {format!r}: choose one of {', '.join(FORMATS)}")
 
 def to_messages(
     row:dict, # one row of a file
@@ -186,7 +225,8 @@ def to_messages(
     "One row of any accepted format as messages; a `DataError` names every field that is wrong."
     _known(format or "messages")
     converted, problems, _ = _convert(row, format)
-    if problems: raise DataError("; ".join(map(str, problems)))
+    if problems:
+        raise DataError("; ".join(map(str, problems)))
     return converted
 
 # %% ../nbs/02_instruction_data.ipynb #ac872f87
@@ -202,7 +242,8 @@ def _to_alpaca(row:dict) -> dict:
         raise DataError("Alpaca rows hold texts of user and assistant in turn and nothing else (no tools, no question at the end): write it as messages")
     *before, question, answer = [t["content"] for t in turns]
     if given:
-        if not isinstance(given, str) or not question.endswith("\n\n" + given): raise DataError("field 'input' is not the end of the question, as it is in Alpaca rows: give it another name")
+        if not isinstance(given, str) or not question.endswith("\n\n" + given):
+            raise DataError("field 'input' is not the end of the question, as it is in Alpaca rows: give it another name")
         question = question.removesuffix("\n\n" + given)
     return dict(instruction=question, output=answer) | ({"system": system[0]} if system else {}) | ({"history": [before[i:i + 2] for i in range(0, len(before), 2)]} if before else {})
 
@@ -216,9 +257,11 @@ def _to_sharegpt(row:dict) -> dict:
 
 def _to_prompt(row:dict) -> dict:
     turns = row["messages"]
-    if len(turns) == 2 and all(map(_plain, turns)) and turns[0]["role"] == "user": return dict(prompt=turns[0]["content"], completion=turns[1]["content"])
+    if len(turns) == 2 and all(map(_plain, turns)) and turns[0]["role"] == "user":
+        return dict(prompt=turns[0]["content"], completion=turns[1]["content"])
     last = max(i for i, t in enumerate(turns) if t["role"] == "user")
-    if last == len(turns) - 1: raise DataError("the last turn is a question, so there is no completion: take it out, or write it as messages")
+    if last == len(turns) - 1:
+        raise DataError("the last turn is a question, so there is no completion: take it out, or write it as messages")
     return dict(prompt=turns[:last + 1], completion=turns[last + 1:])
 
 _WRITE = dict(alpaca=_to_alpaca, sharegpt=_to_sharegpt, prompt=_to_prompt, messages=lambda row: dict(messages=row["messages"]))
@@ -230,7 +273,8 @@ def from_messages(
     "The way back."
     _known(format)
     written, rest = _WRITE[format](row), {key: value for key, value in row.items() if key != "messages"}
-    if taken := [key for key in written if rest.get(key)]: raise DataError(f"the row has a field {taken[0]!r} of its own, which {format} rows use for the conversation: give it another name")
+    if taken := [key for key in written if rest.get(key)]:
+        raise DataError(f"the row has a field {taken[0]!r} of its own, which {format} rows use for the conversation: give it another name")
     return rest | written
 
 # %% ../nbs/02_instruction_data.ipynb #39a830c1
@@ -251,23 +295,28 @@ def scan(
         for place, source, problem in records(path):
             row, problems, kind = (None, [problem], None) if problem else _convert(source, format)
             format = format or kind
-            if row and (first := earlier(row, place)): row, problems = None, [Problem("", f"is the same as {first}", "take one of them out")]
+            if row and (first := earlier(row, place)):
+                row, problems = None, [Problem("", f"is the same as {first}", "take one of them out")]
             waiting.append(Record(place, source, row, problems))
             if format:
                 yield from waiting
                 waiting = []
-            elif len(waiting) == 100: break
-    if waiting: raise DataError(f"{path}: {waiting[0].place}: {waiting[0].problems[0]}") # a file of another kind: one message says it all
-    if not format: raise DataError(f"{path}: holds no rows; {ACCEPTED}")
+            elif len(waiting) == 100:
+                break
+    if waiting:
+        raise DataError(f"{path}: {waiting[0].place}: {waiting[0].problems[0]}") # a file of another kind: one message says it all
+    if not format:
+        raise DataError(f"{path}: holds no rows; {ACCEPTED}")
 
 # %% ../nbs/02_instruction_data.ipynb #1ba10921
-def kept_rows(
+def iter_valid_rows(
     path, # as in `records`
     on_error:str="raise", # "raise": refuse a file with a problem; "quarantine": write bad rows to a file beside, `NAME.rejected.jsonl`
     show:int=5, # problems to name before the rest is only counted
 ) -> Iterator[dict]: # with `messages`
     "The good rows of a file, one at a time. In the end a `DataError` names what is wrong with the others, or they stand in the file beside."
-    if on_error not in ("raise", "quarantine"): raise DataError(f"on_error={on_error!r}: must be 'raise' or 'quarantine'")
+    if on_error not in ("raise", "quarantine"):
+        raise DataError(f"on_error={on_error!r}: must be 'raise' or 'quarantine'")
     kept, rejected, found, beside = 0, 0, 0, None
     lines = [] # the first of what is found
     with ExitStack() as stack:
@@ -281,10 +330,12 @@ def kept_rows(
             if on_error == "quarantine":
                 beside = beside or stack.enter_context(new_file(rejected_path(path), again=True))
                 beside.write(json.dumps(dict(place=record.place, problems=[asdict(p) for p in record.problems], source=record.source), default=str) + "\n")
-        if rejected and (on_error == "raise" or not kept): raise DataError(_refused(path, kept, rejected, lines, found))
+        if rejected and (on_error == "raise" or not kept):
+            raise DataError(_refused(path, kept, rejected, lines, found))
 
 def _refused(path, kept, rejected, lines, found) -> str:
-    if rejected == 1: return f"{path}: {'; '.join([lines[0], *(line.split(': ', 1)[1] for line in lines[1:])])}"
+    if rejected == 1:
+        return f"{path}: {'; '.join([lines[0], *(line.split(': ', 1)[1] for line in lines[1:])])}"
     more = [f"and {found - len(lines):,} more: `sftlab data check` shows all"] if found > len(lines) else []
     hint = ['(on_error="quarantine" puts such rows aside)'] if kept else []
     return "\n  ".join([f"{path}: {rejected:,} of {kept + rejected:,} rows cannot be used", *lines, *more, *hint])
@@ -292,9 +343,9 @@ def _refused(path, kept, rejected, lines, found) -> str:
 def rejected_path(path) -> Path: # beside the file
     return Path(f"{path}.rejected.jsonl")
 
-def read_rows(path, on_error:str="raise", show:int=5) -> list: # see `kept_rows`
+def read_rows(path, on_error:str="raise", show:int=5) -> list: # see `iter_valid_rows`
     "Read an SFT file, every row of it, or raise a `DataError` that names file, row, field and mend."
-    return list(kept_rows(path, on_error, show))
+    return list(iter_valid_rows(path, on_error, show))
 
 # %% ../nbs/02_instruction_data.ipynb #4c99390e
 @contextmanager
@@ -304,15 +355,20 @@ def new_file(
 ): # an open text file
     "A new file that is there as a whole or not at all, and is never written over another."
     path, there = Path(path), f"{path} is there already, and nothing is written over: move it away, or name another file"
-    if os.path.lexists(path) and not again: raise DataError(there)
+    if os.path.lexists(path) and not again:
+        raise DataError(there)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with (gzip.open(partial, "wt", encoding="utf-8", newline="") if path.suffix == ".gz" else open(partial, "w", encoding="utf-8", newline="")) as f: yield f
-        if path.exists() and not filecmp.cmp(partial, path, shallow=False): raise DataError(there)
+        with (gzip.open(partial, "wt", encoding="utf-8", newline="") if path.suffix == ".gz" else open(partial, "w", encoding="utf-8", newline="")) as f:
+            yield f
+        if path.exists() and not filecmp.cmp(partial, path, shallow=False):
+            raise DataError(there)
         os.replace(partial, path)
-    except OSError as e: raise DataError(f"{path}: cannot be written: {e.strerror}")
+    except OSError as e:
+        raise DataError(f"{path}: cannot be written: {e.strerror}")
     finally:
-        with suppress(OSError): partial.unlink()
+        with suppress(OSError):
+            partial.unlink()
 
 # %% ../nbs/02_instruction_data.ipynb #6fc64849
 def to_dataset(
@@ -320,17 +376,22 @@ def to_dataset(
 ): # a `datasets.Dataset`
     "Rows as a `Dataset`, in which nothing is lost; a field that a row has not is None there."
     from datasets import Dataset, Features, Json, List, Value
-    if not rows: raise DataError("no rows, so there is no table to make")
+    if not rows:
+        raise DataError("no rows, so there is no table to make")
     simple = {str: Value("string"), int: Value("int64"), float: Value("float64"), bool: Value("bool")}
     plain = all(set(turn) == {"role", "content"} for row in rows for turn in row["messages"])
     types = {"messages": List({"role": Value("string"), "content": Value("string")} if plain else Json())}
     for name in dict.fromkeys(key for row in rows for key in row if key != "messages"):
         found = {type(row[name]) for row in rows if row.get(name) is not None}
-        if found == {int, float}: found = {float}
-        if len(found) > 1 and found & set(simple): raise DataError(f"field {name!r} holds values of several types ({', '.join(sorted(kind.__name__ for kind in found))}): make it one, or take the field out")
+        if found == {int, float}:
+            found = {float}
+        if len(found) > 1 and found & set(simple):
+            raise DataError(f"field {name!r} holds values of several types ({', '.join(sorted(kind.__name__ for kind in found))}): make it one, or take the field out")
         types[name] = simple.get(next(iter(found), str), Json())
-    try: return Dataset.from_list([{name: row.get(name) for name in types} for row in rows], features=Features(types))
-    except OverflowError as e: raise DataError(f"a number is too large for a table ({e}): make it a text")
+    try:
+        return Dataset.from_list([{name: row.get(name) for name in types} for row in rows], features=Features(types))
+    except OverflowError as e:
+        raise DataError(f"a number is too large for a table ({e}): make it a text")
 
 def read_messages(
     path, # as in `records`
@@ -363,17 +424,23 @@ def near_duplicates(
     sets = [shingles(text) for text in texts]
     parent = list(range(len(sets)))
     def root(i):
-        while parent[i] != i: parent[i] = i = parent[parent[i]]
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
         return i
     first, bands = {}, {}
     for i, signature in enumerate(_signatures(sets) if sets else []):
-        if (j := first.setdefault(frozenset(sets[i]), i)) != i: parent[i] = root(j); continue # the very same runs
+        if (j := first.setdefault(frozenset(sets[i]), i)) != i:
+            parent[i] = root(j)
+            continue # the very same runs
         met = [bands.setdefault((band, signature[4 * band:4 * band + 4].tobytes()), []) for band in range(16)]
         for j in dict.fromkeys(chain(*met)): # every candidate once
-            if root(i) == root(j): continue
+            if root(i) == root(j):
+                continue
             both = len(sets[i] & sets[j])
-            if both >= threshold * (len(sets[i]) + len(sets[j]) - both): parent[root(i)] = root(j)
-        for others in met: others.append(i)
+            if both >= threshold * (len(sets[i]) + len(sets[j]) - both):
+                parent[root(i)] = root(j)
+        for others in met:
+            others.append(i)
     return [root(i) for i in range(len(sets))]
 
 def full_text(row:dict) -> str: # all that is said in it, but for the system text, which many rows may share
@@ -388,15 +455,19 @@ def split_rows(
     by:str=None, # a field: rows with the same value stay together
 ) -> dict: # name -> rows, in their order
     "Split at random; rows that are equal or nearly so stay on one side."
-    if not shares or min(shares.values()) <= 0: raise DataError(f"shares {shares}: must be numbers above 0")
+    if not shares or min(shares.values()) <= 0:
+        raise DataError(f"shares {shares}: must be numbers above 0")
     shares = {name: share / sum(shares.values()) for name, share in shares.items()}
     groups, together = {}, near_duplicates([full_text(row) for row in rows])
     if by:
         missing = next((i for i, row in enumerate(rows, 1) if row.get(by) is None), None)
-        if missing: raise DataError(f"row {missing} has no field {by!r}, so its group is not known: add it, or split without it")
+        if missing:
+            raise DataError(f"row {missing} has no field {by!r}, so its group is not known: add it, or split without it")
         together = _joined(together, [json.dumps(row[by], sort_keys=True, default=str) for row in rows])
-    for i, group in enumerate(together): groups.setdefault(group, []).append(i)
-    if len(groups) < len(shares): raise DataError(f"only {len(groups)} rows or groups of rows that differ, and {len(shares)} parts to be made ({', '.join(shares)}): more rows are needed; the others are equal or nearly so, which a long text that stands in every row can cause")
+    for i, group in enumerate(together):
+        groups.setdefault(group, []).append(i)
+    if len(groups) < len(shares):
+        raise DataError(f"only {len(groups)} rows or groups of rows that differ, and {len(shares)} parts to be made ({', '.join(shares)}): more rows are needed; the others are equal or nearly so, which a long text that stands in every row can cause")
     order, parts = list(groups.values()), {name: [] for name in shares}
     random.Random(seed).shuffle(order)
     large = min(shares.values()) * len(rows) / 4
@@ -411,9 +482,11 @@ def _joined(groups:list, keys:list) -> list: # a number for each; equal where tw
     "Groups that share a key become one."
     first, parent = {}, {g: g for g in groups}
     def root(g):
-        while parent[g] != g: parent[g] = g = parent[parent[g]]
+        while parent[g] != g:
+            parent[g] = g = parent[parent[g]]
         return g
-    for g, key in zip(groups, keys): parent[root(g)] = root(first.setdefault(key, g))
+    for g, key in zip(groups, keys):
+        parent[root(g)] = root(first.setdefault(key, g))
     return [root(g) for g in groups]
 
 # %% ../nbs/02_instruction_data.ipynb #06bb5e9a
@@ -449,12 +522,15 @@ def picture(
     twins = Counter(clusters)
     fig, axes = plt.subplots(2, 2, figsize=(9.5, 5.6), layout="constrained")
     axes[0, 0].hist([table["length"] - table["answers"], table["answers"]], bins=30, histtype="step", linewidth=1.5, linestyle="-", label=["questions and system texts", "answers"])
-    axes[0, 0].set(title=f"length of a conversation, {unit}", ylabel="conversations"); axes[0, 0].legend(frameon=False, fontsize=8)
+    axes[0, 0].set(title=f"length of a conversation, {unit}", ylabel="conversations")
+    axes[0, 0].legend(frameon=False, fontsize=8)
     for ax, column, title in [(axes[0, 1], "turns", "turns"), (axes[1, 0], "scripts", "scripts")]:
         counts = table[column].value_counts().sort_index() if column == "turns" else table[column].value_counts().head(6)
-        ax.bar(counts.index.astype(str), counts.values); ax.set(title=title, ylabel="conversations")
+        ax.bar(counts.index.astype(str), counts.values)
+        ax.set(title=title, ylabel="conversations")
     sizes = Counter(twins.values())
-    axes[1, 1].bar([str(n) for n in sorted(sizes)], [sizes[n] for n in sorted(sizes)]); axes[1, 1].set(title="how many conversations are nearly the same", xlabel="in a group of so many", ylabel="groups")
+    axes[1, 1].bar([str(n) for n in sorted(sizes)], [sizes[n] for n in sorted(sizes)])
+    axes[1, 1].set(title="how many conversations are nearly the same", xlabel="in a group of so many", ylabel="groups")
     fig.suptitle(f"{len(table):,} conversations; {table['answers'].sum() / max(1, table['length'].sum()):.0%} of their {unit} are answers; {len(table) - len(twins):,} nearly repeat another")
     return fig
 
@@ -478,10 +554,13 @@ def as_instructions(
         question, values = rng.choice(questions), {**same, **row}
         try:
             missing = [slot for _, slot, _, _ in string.Formatter().parse(question + answer) if slot is not None and _nothing(values.get(slot))]
-            if missing: raise DataError(f"nothing for the slot {missing[0]!r} (found: {', '.join(values)}): add the field, or take the row out; for braces that are no slot write {{{{ and }}}}")
+            if missing:
+                raise DataError(f"nothing for the slot {missing[0]!r} (found: {', '.join(values)}): add the field, or take the row out; for braces that are no slot write {{{{ and }}}}")
             made.append(to_messages(dict(prompt=question.format(**values), completion=answer.format(**values))))
-        except DataError as e: raise DataError(f"row {i}: {e}") from None
-        except (ValueError, LookupError, AttributeError) as e: raise DataError(f"the template {question + answer!r}: {e}; for braces that are no slot write {{{{ and }}}}")
+        except DataError as e:
+            raise DataError(f"row {i}: {e}") from None
+        except (ValueError, LookupError, AttributeError) as e:
+            raise DataError(f"the template {question + answer!r}: {e}; for braces that are no slot write {{{{ and }}}}")
     return made
 
 def _nothing(value) -> bool: # what must not fill a slot: null, NaN, a blank text
@@ -497,9 +576,12 @@ def flawed(
     rng, answers, third = random.Random(seed), [e["answer"] for e in examples], len(examples) // 3
     for i in rng.sample(range(len(examples)), third):
         right = answers[i]
-        if flaw == "form": answers[i] = rng.choice([f"Good question! I would say: {right}", f"Answer: {right} I hope this helps.", f"{right} {right}"])
-        elif flaw == "wrong": answers[i] = rng.choice([e["answer"] for e in examples if e["kind"] == examples[i]["kind"] and e["answer"] != right])
-        elif flaw == "cut": answers[i] = right[:max(1, len(right) // 2)]
+        if flaw == "form":
+            answers[i] = rng.choice([f"Good question! I would say: {right}", f"Answer: {right} I hope this helps.", f"{right} {right}"])
+        elif flaw == "wrong":
+            answers[i] = rng.choice([e["answer"] for e in examples if e["kind"] == examples[i]["kind"] and e["answer"] != right])
+        elif flaw == "cut":
+            answers[i] = right[:max(1, len(right) // 2)]
     rows = [dict(messages=[dict(role="user", content=e["question"]), dict(role="assistant", content=answer)]) for e, answer in zip(examples, answers)]
     return 3 * rows[:third] if flaw == "repeated" else rows
 
@@ -515,27 +597,35 @@ def records(
             return
         with open(path, "rb") as f: # once: what a pipe has given is gone
             start = f.peek(4)[:4]
-            if start == b"PAR1": yield from _parquet(path)
+            if start == b"PAR1":
+                yield from _parquet(path)
             elif start[:2] == b"PK": raise DataError(f"{path}: is a zip or Excel file: unpack it, or save the sheet as CSV (UTF-8)")
             else: yield from _from_text(gzip.open(f) if start[:2] == b"\x1f\x8b" else f, path)
     except (OSError, EOFError, zlib.error, ValueError) as e:
-        if isinstance(e, DataError): raise
+        if isinstance(e, DataError):
+            raise
         raise DataError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}")
 
 def _from_text(f, path):
     "Rows of an open JSON, JSONL or CSV file."
     start = f.peek(4)[:4]
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start: raise DataError(f"{path}: is UTF-16 or UTF-32: save it as UTF-8")
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
+        raise DataError(f"{path}: is UTF-16 or UTF-32: save it as UTF-8")
     lines = (line.decode("utf-8-sig" if n == 1 else "utf-8", "surrogateescape") for n, line in enumerate(f, 1))
     skipped, first = 0, ""
     for first in lines:
-        if first.strip(): break
+        if first.strip():
+            break
         skipped += 1
-    if _HALF.search(first) and first.lstrip()[:1] not in ("[", "{"): raise DataError(f"{path}: begins with bytes that are no text; {ACCEPTED}")
+    if _HALF.search(first) and first.lstrip()[:1] not in ("[", "{"):
+        raise DataError(f"{path}: begins with bytes that are no text; {ACCEPTED}")
     begin = first.lstrip()[:1]
-    if begin == "[": yield from _json_list(first + "".join(lines), skipped)
-    elif begin == "{": yield from _objects(first, lines, skipped)
-    elif first.strip(): yield from _csv(first, lines, skipped, path)
+    if begin == "[":
+        yield from _json_list(first + "".join(lines), skipped)
+    elif begin == "{":
+        yield from _objects(first, lines, skipped)
+    elif first.strip():
+        yield from _csv(first, lines, skipped, path)
 
 def _broken(e:json.JSONDecodeError, line:int=None) -> Problem:
     return Problem("", f"{f'line {line}, ' if line else ''}column {e.colno}: the JSON is broken or cut short here ({e.msg})", "mend it, or fetch the file anew")
@@ -545,40 +635,54 @@ _GAP = re.compile(r"[\s\ufeff]*").match
 
 class _Json:
     "Reads values one by one, and notes names that stand twice in one object, of which others keep the last."
-    def __init__(self): self.twice, self.decode = [], json.JSONDecoder(object_pairs_hook=self.whole).raw_decode
+    def __init__(self):
+        self.twice, self.decode = [], json.JSONDecoder(object_pairs_hook=self.whole).raw_decode
     def whole(self, pairs):
         found = dict(pairs)
-        if len(found) < len(pairs): self.twice.append(next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1))
+        if len(found) < len(pairs):
+            self.twice.append(next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1))
         return found
     def __call__(self, text, at=0): # the value (as text where there is a problem), where the next one begins, the problem
         self.twice.clear()
         at = _GAP(text, at).end()
         value, end = self.decode(text, at)
-        if self.twice: return text[at:end], _GAP(text, end).end(), Problem("", f"has the name {ascii(self.twice[0])} twice in one object", "keep the one that counts")
+        if self.twice:
+            return text[at:end], _GAP(text, end).end(), Problem("", f"has the name {ascii(self.twice[0])} twice in one object", "keep the one that counts")
         return value, _GAP(text, end).end(), None
 
 def _jsonl(lines, skipped):
     read = _Json()
     for n, line in enumerate(lines, skipped + 1):
-        if not _GAP(line).end() < len(line): continue
+        if not _GAP(line).end() < len(line):
+            continue
         try:
             value, end, problem = read(line)
-            if line[end:].strip() == ",": problem, value = Problem("", "has a comma after the object", "take it out, or put [ and ] around the whole file"), line.rstrip("\r\n")
+            if line[end:].strip() == ",":
+                problem, value = Problem("", "has a comma after the object", "take it out, or put [ and ] around the whole file"), line.rstrip("\r\n")
             elif end < len(line): raise json.JSONDecodeError("Extra data", line, end)
             yield f"line {n}", value, problem
-        except json.JSONDecodeError as e: yield f"line {n}", line.rstrip("\r\n"), _broken(e)
-        except (ValueError, RecursionError): yield f"line {n}", line.rstrip("\r\n"), _ODD
+        except json.JSONDecodeError as e:
+            yield f"line {n}", line.rstrip("\r\n"), _broken(e)
+        except (ValueError, RecursionError):
+            yield f"line {n}", line.rstrip("\r\n"), _ODD
 
 def _objects(first, lines, skipped):
     "JSONL; or objects that go over several lines, one after the other."
     second = next(lines, "")
-    if first.rstrip()[-1] == "}" or _GAP(second).end() == len(second) or second.lstrip()[:1] == "{": yield from _jsonl(chain([first, second], lines), skipped); return
+    if first.rstrip()[-1] == "}" or _GAP(second).end() == len(second) or second.lstrip()[:1] == "{":
+        yield from _jsonl(chain([first, second], lines), skipped)
+        return
     text, at, n, read = first + second + "".join(lines), 0, 0, _Json()
     while at < len(text):
         n += 1
-        try: value, end, problem = read(text, at)
-        except json.JSONDecodeError as e: yield f"row {n}", text[at:], _broken(e, e.lineno + skipped); return
-        except (ValueError, RecursionError): yield f"row {n}", text[at:], _ODD; return
+        try:
+            value, end, problem = read(text, at)
+        except json.JSONDecodeError as e:
+            yield f"row {n}", text[at:], _broken(e, e.lineno + skipped)
+            return
+        except (ValueError, RecursionError):
+            yield f"row {n}", text[at:], _ODD
+            return
         yield f"row {n}", value, problem
         at = end
 
@@ -586,39 +690,51 @@ def _json_list(text, skipped):
     "The elements of a list, one by one, so that a fault at the end does not hide what stands before it."
     n, read, at = 0, _Json(), _GAP(text, text.index("[") + 1).end()
     more = text[at:at + 1] != "]"
-    if not more: at = _GAP(text, at + 1).end()
+    if not more:
+        at = _GAP(text, at + 1).end()
     while more:
         n += 1
         try:
             value, end, problem = read(text, at)
-            if text[end:end + 1] not in (",", "]") or end == len(text): raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
-        except json.JSONDecodeError as e: yield f"row {n}", text[at:], _broken(e, e.lineno + skipped); return
+            if text[end:end + 1] not in (",", "]") or end == len(text):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+        except json.JSONDecodeError as e:
+            yield f"row {n}", text[at:], _broken(e, e.lineno + skipped); return
         except (ValueError, RecursionError): yield f"row {n}", text[at:], _ODD; return
         yield f"row {n}", value, problem
         more, at = text[end] == ",", _GAP(text, end + 1).end()
-    if text[at:]: yield f"row {n + 1}", text[at:], _broken(json.JSONDecodeError("Extra data", text, at), text.count("\n", 0, at) + 1 + skipped)
+    if text[at:]:
+        yield f"row {n + 1}", text[at:], _broken(json.JSONDecodeError("Extra data", text, at), text.count("\n", 0, at) + 1 + skipped)
 
 def _csv(first, lines, skipped, path):
     "Rows of a table; lists in cells are JSON."
     tells = {tell for tell, *_ in FORMATS.values()}
     between = next((mark for mark in ",\t;" if tells & {name.strip(' "\r\n') for name in first.split(mark)}), None)
-    if not between: raise DataError(f"{path}: line {skipped + 1}: found {first.strip()[:30]!r}, which is neither JSON nor the head of a table with the fields of a known format; {ACCEPTED}")
+    if not between:
+        raise DataError(f"{path}: line {skipped + 1}: found {first.strip()[:30]!r}, which is neither JSON nor the head of a table with the fields of a known format; {ACCEPTED}")
     csv.field_size_limit(2**31 - 1)
     read = [] # the lines of this row
     reader = csv.reader((read.append(line) or line for line in chain([first], lines)), strict=True, delimiter=between)
-    try: head = [name.strip() for name in next(reader)]
-    except csv.Error as e: raise DataError(f"{path}: line {skipped + 1}: the head of the table is broken ({e}): write it anew")
-    if twice := next((name for name in head if head.count(name) > 1), None): raise DataError(f"{path}: line {skipped + 1}: two columns are called {twice!r}: rename one")
+    try:
+        head = [name.strip() for name in next(reader)]
+    except csv.Error as e:
+        raise DataError(f"{path}: line {skipped + 1}: the head of the table is broken ({e}): write it anew")
+    if twice := next((name for name in head if head.count(name) > 1), None):
+        raise DataError(f"{path}: line {skipped + 1}: two columns are called {twice!r}: rename one")
     while True:
         place = f"line {skipped + reader.line_num + 1}"
         read.clear()
-        try: cells = next(reader)
+        try:
+            cells = next(reader)
         except StopIteration: return
         except csv.Error as e:
             yield place, "".join(read), Problem("", f"the table is broken here, as far as line {skipped + reader.line_num} ({e})", "put quotes around the cell, and double the quotes inside it")
             continue
-        if not cells: continue
-        if len(cells) != len(head): yield place, cells, Problem("", f"has {len(cells)} cells where the head has {len(head)}", "put quotes around a cell that holds a comma or a line end"); continue
+        if not cells:
+            continue
+        if len(cells) != len(head):
+            yield place, cells, Problem("", f"has {len(cells)} cells where the head has {len(head)}", "put quotes around a cell that holds a comma or a line end")
+            continue
         row = dict(zip(head, cells))
         for name, begin in [("messages", "["), ("conversations", "["), ("history", "["), ("prompt", "[{"), ("completion", "[{")]:
             if row.get(name, "").startswith(begin):
@@ -628,7 +744,8 @@ def _csv(first, lines, skipped, path):
         yield place, row, None
 
 def _without_nulls(value): # nulls are what a typed table puts where a row has no such field
-    if isinstance(value, dict): return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 def _parquet(path):
@@ -636,16 +753,21 @@ def _parquet(path):
     try:
         file, n = pyarrow.parquet.ParquetFile(path), 0
         names = file.schema_arrow.names
-        if twice := next((name for name in names if names.count(name) > 1), None): raise DataError(f"{path}: two columns are called {twice!r}: rename one")
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise DataError(f"{path}: two columns are called {twice!r}: rename one")
         for batch in file.iter_batches(batch_size=1000):
             for row in batch.to_pylist(): n += 1; yield f"row {n}", _without_nulls(row), None
-    except (pyarrow.ArrowException, UnicodeDecodeError) as e: raise DataError(f"{path}: is not a whole Parquet file ({e}): fetch it anew")
+    except (pyarrow.ArrowException, UnicodeDecodeError) as e:
+        raise DataError(f"{path}: is not a whole Parquet file ({e}): fetch it anew")
 
 def _from_hub(name, there):
     from datasets import load_dataset
-    try: dataset = load_dataset(str(name), split="train")
-    except Exception as e: raise DataError(f"{name}: {'' if there else 'is no file here, and '}cannot be loaded as a data set: {(str(e.__cause__ or e) or type(e).__name__).splitlines()[0]}") # whatever the hub, the network or a broken file may raise
-    for n, row in enumerate(dataset, 1): yield f"row {n}", _without_nulls(row), None
+    try:
+        dataset = load_dataset(str(name), split="train")
+    except Exception as e:
+        raise DataError(f"{name}: {'' if there else 'is no file here, and '}cannot be loaded as a data set: {(str(e.__cause__ or e) or type(e).__name__).splitlines()[0]}") # whatever the hub, the network or a broken file may raise
+    for n, row in enumerate(dataset, 1):
+        yield f"row {n}", _without_nulls(row), None
 
 # %% ../nbs/02_instruction_data.ipynb #e8b92498
 @contextmanager
@@ -656,10 +778,13 @@ def _seen(): # a function (row, place) -> the place where the same conversation 
         db.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; CREATE TABLE seen (mark BLOB PRIMARY KEY, place TEXT) WITHOUT ROWID; BEGIN")
         def earlier(row, place):
             mark = hashlib.blake2b(json.dumps([row["messages"], row.get("tools")], sort_keys=True, default=str).encode(), digest_size=16).digest()
-            if db.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (mark, place)).rowcount: return None
+            if db.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (mark, place)).rowcount:
+                return None
             return db.execute("SELECT place FROM seen WHERE mark = ?", (mark,)).fetchone()[0]
-        try: yield earlier
-        finally: db.close()
+        try:
+            yield earlier
+        finally:
+            db.close()
 
 # %% ../nbs/02_instruction_data.ipynb #931f1238
 def write_rows(
@@ -672,48 +797,67 @@ def write_rows(
     writers = {".jsonl": _write_jsonl, ".json": _write_json, ".csv": _write_csv}
     _known(format)
     written = (_written(row, format, n) for n, row in enumerate(rows, 1))
-    if ending == ".parquet": return _write_parquet(written, path)
-    if ending.removesuffix(".gz") not in writers: raise DataError(f"{path}: the ending {ending!r} names no container: choose .json, .jsonl, .csv (each also with .gz) or .parquet")
-    with new_file(path) as f: writers[ending.removesuffix(".gz")](f, written)
+    if ending == ".parquet":
+        return _write_parquet(written, path)
+    if ending.removesuffix(".gz") not in writers:
+        raise DataError(f"{path}: the ending {ending!r} names no container: choose .json, .jsonl, .csv (each also with .gz) or .parquet")
+    with new_file(path) as f:
+        writers[ending.removesuffix(".gz")](f, written)
 
 def _written(row, format, n):
-    try: return from_messages(row, format)
-    except DataError as e: raise DataError(f"row {n} cannot be written as {format}: {e}") from None
+    try:
+        return from_messages(row, format)
+    except DataError as e:
+        raise DataError(f"row {n} cannot be written as {format}: {e}") from None
 
 def _write_jsonl(f, rows):
-    for row in rows: f.write(_json_text(row) + "\n")
+    for row in rows:
+        f.write(_json_text(row) + "\n")
 
 def _write_json(f, rows):
     begin = "[\n"
-    for row in rows: f.write(begin + _json_text(row)); begin = ",\n"
+    for row in rows:
+        f.write(begin + _json_text(row))
+        begin = ",\n"
     f.write("\n]\n" if begin != "[\n" else "[]\n")
 
 def _json_text(value) -> str:
-    try: return json.dumps(value, ensure_ascii=False)
-    except TypeError as e: raise DataError(f"a row holds a value that JSON has no form for ({e}): make it a text first")
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except TypeError as e:
+        raise DataError(f"a row holds a value that JSON has no form for ({e}): make it a text first")
 
 def _write_csv(f, rows):
     writer, head = csv.writer(f), None
     for n, row in enumerate(rows, 1):
-        if head is None: head = list(row); writer.writerow(head)
-        if list(row) != head and set(row) != set(head): raise DataError(f"row {n} has the fields {', '.join(row)} where the head has {', '.join(head)}: a table wants the same in each; write JSONL")
+        if head is None:
+            head = list(row)
+            writer.writerow(head)
+        if list(row) != head and set(row) != set(head):
+            raise DataError(f"row {n} has the fields {', '.join(row)} where the head has {', '.join(head)}: a table wants the same in each; write JSONL")
         writer.writerow([_cell(name, row[name], n) for name in head])
 
 def _cell(name, value, n) -> str: # what a table of texts can hold: nothing for null, the conversation as JSON
-    if isinstance(value, (list, dict)) and name not in ("messages", "conversations", "history", "prompt", "completion"): raise DataError(f"row {n}: a table of texts cannot hold field {name!r}, {_kind(value)}: write JSONL")
+    if isinstance(value, (list, dict)) and name not in ("messages", "conversations", "history", "prompt", "completion"):
+        raise DataError(f"row {n}: a table of texts cannot hold field {name!r}, {_kind(value)}: write JSONL")
     return value if isinstance(value, str) else "" if value is None else _json_text(value)
 
 def _write_parquet(rows, path):
     import pyarrow, pyarrow.parquet
     rows, partial = list(rows), Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
     names = dict.fromkeys(name for row in rows for name in row) # of all rows: by itself the table would take those of the first
-    if os.path.lexists(path): raise DataError(f"{path} is there already, and nothing is written over: move it away, or name another file")
-    if any(_without_nulls(value) != value for row in rows for value in row.values() if value is not None): raise DataError(f"{path}: a null stands inside of a list or object, and Parquet cannot tell it from nothing: write JSONL")
+    if os.path.lexists(path):
+        raise DataError(f"{path} is there already, and nothing is written over: move it away, or name another file")
+    if any(_without_nulls(value) != value for row in rows for value in row.values() if value is not None):
+        raise DataError(f"{path}: a null stands inside of a list or object, and Parquet cannot tell it from nothing: write JSONL")
     try:
         table = pyarrow.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
         pyarrow.parquet.write_table(table, partial)
         os.replace(partial, path)
-    except (pyarrow.ArrowException, OverflowError) as e: raise DataError(f"{path}: these rows do not fit into one table ({e}): write JSONL")
-    except OSError as e: raise DataError(f"{path}: cannot be written: {e.strerror}")
+    except (pyarrow.ArrowException, OverflowError) as e:
+        raise DataError(f"{path}: these rows do not fit into one table ({e}): write JSONL")
+    except OSError as e:
+        raise DataError(f"{path}: cannot be written: {e.strerror}")
     finally:
-        with suppress(OSError): partial.unlink()
+        with suppress(OSError):
+            partial.unlink()

@@ -22,12 +22,17 @@ def training_template(
     "The chat template for training; a `FinetuneError` when the tokenizer has none."
     from trl import get_training_chat_template
     template = tokenizer.chat_template
-    if not template: raise FinetuneError("the tokenizer has no chat template, so it cannot lay out a conversation: "
+    if not template:
+        raise FinetuneError("the tokenizer has no chat template, so it cannot lay out a conversation: "
                                          "choose a model that has one, such as Qwen/Qwen3-0.6B-Base")
-    if isinstance(template, dict): template = template["default"]
-    if re.search(r"\{%-?\s*generation\b", template): return template, True
-    try: return get_training_chat_template(tokenizer), True
-    except ValueError: return template, False # a template that TRL has no twin of
+    if isinstance(template, dict):
+        template = template["default"]
+    if re.search(r"\{%-?\s*generation\b", template):
+        return template, True
+    try:
+        return get_training_chat_template(tokenizer), True
+    except ValueError:
+        return template, False # a template that TRL has no twin of
 
 # %% ../nbs/reference/finetune.ipynb #ee11339c
 def encode(
@@ -39,8 +44,10 @@ def encode(
     template, marked = training_template(tokenizer)
     encoded = []
     for i, row in enumerate(rows, 1):
-        try: out = tokenizer.apply_chat_template(row["messages"], chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=marked)
-        except TemplateError as e: raise FinetuneError(f"row {i}: the model's chat template does not take this conversation: {e}")
+        try:
+            out = tokenizer.apply_chat_template(row["messages"], chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=marked)
+        except TemplateError as e:
+            raise FinetuneError(f"row {i}: the model's chat template does not take this conversation: {e}")
         ids = out["input_ids"]
         encoded.append((ids, [t if m else -100 for t, m in zip(ids, out["assistant_masks"])] if marked else list(ids)))
     return encoded
@@ -75,12 +82,14 @@ def held_out_nll(
         pad = lambda lists, value: torch.tensor([x + [value] * (width - len(x)) for x in lists], device=model.device)
         ids, labels = pad([ids for ids, _ in batch], 0), pad([labels for _, labels in batch], -100)[:, 1:]
         mask = pad([[1] * len(ids) for ids, _ in batch], 0)
-        with torch.no_grad(): logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
         learned = labels != -100
         total += F.cross_entropy(logits[learned].float(), labels[learned], reduction="sum").item()
         count += learned.sum().item()
     model.train(training)
-    if not count: raise FinetuneError(f"no answer begins within the first {limit} tokens of any held-out row: there is nothing to measure")
+    if not count:
+        raise FinetuneError(f"no answer begins within the first {limit} tokens of any held-out row: there is nothing to measure")
     return total / count
 
 # %% ../nbs/reference/finetune.ipynb #e84456bc
@@ -95,20 +104,27 @@ def whole_folder(
     replaces = overwrite and (path / "run.json").is_file() # a finished run, and nothing that appears later
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            if not (path / "run.json").is_file(): raise FinetuneError(f"{path} is there already and is not an empty folder: name another one, nothing is written over")
-            if not overwrite: raise FinetuneError(f"{path} holds a finished run: name another folder, or say --overwrite to replace it")
-        if final == Path.cwd(): raise FinetuneError(f"{path} is the folder you are in: name a new one inside it")
-        if path.exists() and not any(path.iterdir()): final.rmdir() # now, and not after an hour of training
+            if not (path / "run.json").is_file():
+                raise FinetuneError(f"{path} is there already and is not an empty folder: name another one, nothing is written over")
+            if not overwrite:
+                raise FinetuneError(f"{path} holds a finished run: name another folder, or say --overwrite to replace it")
+        if final == Path.cwd():
+            raise FinetuneError(f"{path} is the folder you are in: name a new one inside it")
+        if path.exists() and not any(path.iterdir()):
+            final.rmdir() # now, and not after an hour of training
         final.parent.mkdir(parents=True, exist_ok=True)
         for left in (*final.parent.glob(f".{final.name}.*.partial"), *final.parent.glob(f"..{final.name}.*.partial")):
-            if _alive(pid := left.name.split(".")[-2]): raise FinetuneError(f"{path}: another run (process {pid}) is writing it now: wait for it, or name another folder")
+            if _alive(pid := left.name.split(".")[-2]):
+                raise FinetuneError(f"{path}: another run (process {pid}) is writing it now: wait for it, or name another folder")
             shutil.rmtree(left, ignore_errors=True) # by a run that was killed
         partial = final.parent / f".{final.name}.{os.getpid()}.partial"
         partial.mkdir()
-    except OSError as e: raise FinetuneError(f"{path}: cannot be made: {e.strerror}")
+    except OSError as e:
+        raise FinetuneError(f"{path}: cannot be made: {e.strerror}")
     try:
         yield partial
-        if replaces: os.replace(final, partial.with_suffix(".old"))
+        if replaces:
+            os.replace(final, partial.with_suffix(".old"))
         os.replace(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -130,9 +146,11 @@ def add_lora(
                         trainable_token_indices=tokenizer.convert_tokens_to_ids(marks) or None)
     model = get_peft_model(model, config)
     base = Path(config.base_model_name_or_path)
-    if base.is_dir(): config.base_model_name_or_path = str(base.resolve()) # found again from any working folder
+    if base.is_dir():
+        config.base_model_name_or_path = str(base.resolve()) # found again from any working folder
     head = model.get_output_embeddings()
-    if not hasattr(head, "bias"): head.bias = None # TRL 1.16 asks for it, and PEFT's wrapper of a tied head does not pass it on
+    if not hasattr(head, "bias"):
+        head.bias = None # TRL 1.16 asks for it, and PEFT's wrapper of a tied head does not pass it on
     return model
 
 # %% ../nbs/reference/finetune.ipynb #8899f14d
@@ -178,16 +196,21 @@ def finetune(
     from peft import PeftModel
     from transformers import PrinterCallback, set_seed
     from trl import SFTTrainer
-    if isinstance(model, PeftModel): raise FinetuneError("the model has an adapter already: train from its base model, or merge the adapter first")
+    if isinstance(model, PeftModel):
+        raise FinetuneError("the model has an adapter already: train from its base model, or merge the adapter first")
     four_bit = getattr(model, "is_loaded_in_4bit", False)
-    if method == "full" and four_bit: raise FinetuneError("weights in 4 bits cannot be trained: use the method qlora")
-    if method == "qlora" and not four_bit: raise FinetuneError("the method qlora needs a model whose weights are in 4 bits: load(…, four_bit=True)")
+    if method == "full" and four_bit:
+        raise FinetuneError("weights in 4 bits cannot be trained: use the method qlora")
+    if method == "qlora" and not four_bit:
+        raise FinetuneError("the method qlora needs a model whose weights are in 4 bits: load(…, four_bit=True)")
     if not training_template(tokenizer)[1]:
         print("The chat template does not mark the assistant's turns, and TRL has no marked twin of it: the whole conversation is learned, questions too.")
     with whole_folder(output_dir) as folder:
         set_seed(seed)
-        if method == "full": model.float()
-        else: model = add_lora(model, tokenizer)
+        if method == "full":
+            model.float()
+        else:
+            model = add_lora(model, tokenizer)
         learning_rate = default_learning_rate(model, method) if learning_rate is None else learning_rate
         args = _config(model, tokenizer, epochs, learning_rate, seed, folder, math.ceil(epochs * len(rows) / 8), checkpoints)
         measure = [_held_out_callback(tokenizer, eval_rows)] if eval_rows else []
@@ -196,7 +219,8 @@ def finetune(
         trainer.remove_callback(PrinterCallback)
         if not args.bf16: # TRL makes the adapter of a 4-bit model bfloat16, whatever it is trained on
             for p in model.parameters():
-                if p.requires_grad: p.data = p.data.float()
+                if p.requires_grad:
+                    p.data = p.data.float()
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) if checkpoints else None)
         model.eval()
         if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
@@ -215,7 +239,8 @@ def _held_out_callback(tokenizer, rows):
             nll = held_out_nll(model, tokenizer, rows, args.per_device_train_batch_size)
             state.log_history.append(dict(held_out_nll=nll, epoch=state.epoch or 0, step=state.global_step))
         def on_train_begin(self, args, state, control, **more):
-            if not state.global_step: self.measure(args, state, control, **more) # else the run goes on, and this was measured
+            if not state.global_step:
+                self.measure(args, state, control, **more) # else the run goes on, and this was measured
         on_epoch_end = measure
     return HeldOut()
 
@@ -223,7 +248,8 @@ def _complete_callback():
     "A TrainerCallback that marks a checkpoint when all of it is written."
     from transformers import TrainerCallback
     class Complete(TrainerCallback):
-        def on_save(self, args, state, control, **_): Path(args.output_dir, f"checkpoint-{state.global_step}", "complete").touch()
+        def on_save(self, args, state, control, **_):
+            Path(args.output_dir, f"checkpoint-{state.global_step}", "complete").touch()
     return Complete()
 
 def last_checkpoint(
@@ -232,5 +258,6 @@ def last_checkpoint(
     "Find the checkpoint to go on from, and remove what a kill left unfinished."
     found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     for path in found:
-        if not (path / "complete").exists(): shutil.rmtree(path)
+        if not (path / "complete").exists():
+            shutil.rmtree(path)
     return next((str(path) for path in reversed(found) if path.exists()), None)

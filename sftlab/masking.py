@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IGNORE', 'MODES', 'FAULTS', 'ROW_FAULTS', 'BATCH_FAULTS', 'MaskError', 'layout', 'learned_segments', 'labelled',
            'encode', 'collate', 'truncate', 'encode_rows', 'Conversation', 'conversations', 'labels_html',
-           'LabelReport', 'audit_labels', 'kill_table']
+           'LabelReport', 'audit_labels', 'mutation_table']
 
 # %% ../nbs/04_loss_masking.ipynb #e2a014c9
 import re
@@ -38,12 +38,16 @@ def learned_segments(
     mode:str="assistant", # one of `MODES`
 ) -> list: # for each segment, whether it is learned
     "What a model is to learn of a conversation."
-    if mode not in MODES: raise MaskError(f"there is no mode {mode!r}: choose one of {', '.join(MODES)}")
-    if mode == "all": return [True] * len(parts)
+    if mode not in MODES:
+        raise MaskError(f"there is no mode {mode!r}: choose one of {', '.join(MODES)}")
+    if mode == "all":
+        return [True] * len(parts)
     asked = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1) if mode == "completion" else -1
     answers = {part.turn for part in parts if part.learned and part.turn > asked}
-    if not answers: raise MaskError("there is nothing to learn: " + ("nobody answers the last question" if mode == "completion" else "no turn is the assistant's"))
-    if mode == "last": answers = {max(answers)}
+    if not answers:
+        raise MaskError("there is nothing to learn: " + ("nobody answers the last question" if mode == "completion" else "no turn is the assistant's"))
+    if mode == "last":
+        answers = {max(answers)}
     learned = [part.learned and part.turn in answers for part in parts]
     return [i >= learned.index(True) for i in range(len(parts))] if mode == "completion" else learned
 
@@ -74,7 +78,8 @@ def collate(
 ) -> dict: # tensors `input_ids`, `labels`, `attention_mask`, each `(rows, longest)`
     "Make a batch; padding stands on the right."
     import torch
-    if pad_id is None: raise MaskError("there is nothing to fill up with: give the tokenizer a pad_token")
+    if pad_id is None:
+        raise MaskError("there is nothing to fill up with: give the tokenizer a pad_token")
     width = max(len(row["input_ids"]) for row in rows)
     fill = lambda lists, value: torch.tensor([x + [value] * (width - len(x)) for x in lists])
     ids, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
@@ -87,7 +92,8 @@ def truncate(
     how:str, # "drop", "cut" or "prompt"
 ) -> tuple: # rows of at most `max_length` tokens; and how many stayed "whole", were "shortened", were "dropped"
     "Shorten or drop rows that are too long."
-    if how not in ("drop", "cut", "prompt"): raise MaskError(f"there is no way {how!r} to truncate: choose drop, cut or prompt")
+    if how not in ("drop", "cut", "prompt"):
+        raise MaskError(f"there is no way {how!r} to truncate: choose drop, cut or prompt")
     kept, fate = [], Counter(whole=0, shortened=0, dropped=0)
     for row in rows:
         n, labels = len(row["input_ids"]), row["labels"]
@@ -95,7 +101,8 @@ def truncate(
         part = slice(n - max_length, n) if how == "prompt" else slice(max_length)
         worth = n <= max_length or dict(drop=False, cut=any(l != IGNORE for l in labels[1:max_length]), prompt=begins > n - max_length)[how]
         fate["whole" if n <= max_length else "shortened" if worth else "dropped"] += 1
-        if worth: kept.append(row if n <= max_length else dict(input_ids=row["input_ids"][part], labels=labels[part]))
+        if worth:
+            kept.append(row if n <= max_length else dict(input_ids=row["input_ids"][part], labels=labels[part]))
     return kept, dict(fate)
 
 # %% ../nbs/04_loss_masking.ipynb #e09e239e
@@ -103,7 +110,8 @@ def _edges(parts, learned, split): # -> (edges, number of special tokens); an ed
     "Where learning begins and ends."
     edges, count, since, now = [], 0, "", False
     for part, learn in zip(parts, learned):
-        if learn != now: edges.append((count, since))
+        if learn != now:
+            edges.append((count, since))
         now = learn
         specials, rest = split(part.text) if part.mark else (0, "")
         count += specials
@@ -114,9 +122,11 @@ def _places(edges, ids, specials, tokens_of): # -> the edges as places in `ids`;
     "Find edges among tokens."
     places = []
     for count, since in edges:
-        if since is None: return None
+        if since is None:
+            return None
         begin, header = specials[count - 1] + 1 if count else 0, tokens_of(since)
-        if ids[begin:begin + len(header)] != header: return None
+        if ids[begin:begin + len(header)] != header:
+            return None
         places.append(begin + len(header))
     return places + [len(ids)] # of a stretch that goes to the end
 
@@ -132,7 +142,8 @@ def encode_rows(
         try:
             parts = layout(tokenizer, row["messages"], template)
             return parts, learned_segments(parts, row["messages"], mode)
-        except (MaskError, TemplateError) as e: raise MaskError(f"row {i}: {e}") from None
+        except (MaskError, TemplateError) as e:
+            raise MaskError(f"row {i}: {e}") from None
     special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     pattern = re.compile("|".join(re.escape(text) for text in sorted(special.values(), key=len, reverse=True)) or "(?!)")
     split = lru_cache(lambda text: (len(pattern.findall(text)), pattern.split(text)[-1]))
@@ -147,9 +158,11 @@ def _with_labels(tokenizer, ids, parts, learned, special, split, tokens_of):
     edges, count = _edges(parts, learned, split)
     specials = [i for i, token in enumerate(ids) if token in special]
     places = _places(edges, ids, specials, tokens_of) if len(specials) == count else None
-    if places is None: return labelled(tokenizer, parts, learned)
+    if places is None:
+        return labelled(tokenizer, parts, learned)
     labels = [IGNORE] * len(ids)
-    for begin, end in zip(places[::2], places[1::2]): labels[begin:end] = ids[begin:end]
+    for begin, end in zip(places[::2], places[1::2]):
+        labels[begin:end] = ids[begin:end]
     return dict(input_ids=ids, labels=labels)
 
 # %% ../nbs/04_loss_masking.ipynb #1ecaa5dc
@@ -175,9 +188,12 @@ FAULTS = { # fault -> (what it leads to, how to mend it, faults that follow from
 @dataclass
 class Conversation:
     "A conversation in a batch, and what is wrong with its labels."
-    batch:int; row:int # where it is
-    ids:list; labels:list # of the whole row, padding included
-    start:int; end:int # the conversation's own places in the row
+    batch:int
+    row:int # where it is
+    ids:list
+    labels:list # of the whole row, padding included
+    start:int
+    end:int # the conversation's own places in the row
     padding:list # places of padding
     kinds:dict = field(default_factory=dict) # place -> ("answer", "stop", "prompt", "header" or "tail", turn); empty where unknown
     lacks:int = 0 # tokens of answers that were cut off at its end
@@ -185,15 +201,19 @@ class Conversation:
     found:dict = field(default_factory=dict) # fault -> places
 
     def note(self, fault, places):
-        if places: self.found[fault] = list(places)
+        if places:
+            self.found[fault] = list(places)
 
 # %% ../nbs/04_loss_masking.ipynb #44c0cadb
 def _columns(batch, b): # -> for each row: ids, labels, attention mask or None, position ids or None
     get = lambda key: batch[key].tolist() if hasattr(batch.get(key), "tolist") else batch.get(key)
     ids, labels, mask, positions = map(get, ("input_ids", "labels", "attention_mask", "position_ids"))
-    if ids is None: raise MaskError(f"batch {b} has no input_ids: give batches as a collator makes them")
-    if labels is None: raise MaskError(f"batch {b} has no labels: from input_ids alone a model computes no loss")
-    if [len(row) for row in ids] != [len(row) for row in labels]: raise MaskError(f"batch {b}: input_ids and labels are not equally long")
+    if ids is None:
+        raise MaskError(f"batch {b} has no input_ids: give batches as a collator makes them")
+    if labels is None:
+        raise MaskError(f"batch {b} has no labels: from input_ids alone a model computes no loss")
+    if [len(row) for row in ids] != [len(row) for row in labels]:
+        raise MaskError(f"batch {b}: input_ids and labels are not equally long")
     return zip(ids, labels, mask or [None] * len(ids), positions or [None] * len(ids))
 
 # %% ../nbs/04_loss_masking.ipynb #671249f7
@@ -208,11 +228,14 @@ def conversations(
             real = [i for i in range(len(ids)) if mask is None or mask[i]]
             start, end = (real[0], real[-1] + 1) if real else (0, 0)
             fills = lambda i, near: end - start > 1 and ids[i] == pad_id and (pad_id != stop_id or ids[near] == pad_id) # padding that no mask tells
-            while fills(end - 1, end - 2): end -= 1
-            while fills(start, start + 1): start += 1
+            while fills(end - 1, end - 2):
+                end -= 1
+            while fills(start, start + 1):
+                start += 1
             starts = [start] + [i for i in range(start + 1, end) if positions and positions[i] == 0]
             padding = [i for i in range(len(ids)) if not start <= i < end]
-            for begin, stop in zip(starts, starts[1:] + [end]): yield Conversation(b, r, ids, labels, begin, stop, padding if begin == start else [])
+            for begin, stop in zip(starts, starts[1:] + [end]):
+                yield Conversation(b, r, ids, labels, begin, stop, padding if begin == start else [])
 
 # %% ../nbs/04_loss_masking.ipynb #32f2789e
 def _by_rows(tokenizer, rows, template):
@@ -228,16 +251,22 @@ def _by_rows(tokenizer, rows, template):
     def tell(talk):
         ids, n = talk.ids[talk.start:talk.end], talk.end - talk.start
         for full, kinds in [(ids, whole[tuple(ids)])] if tuple(ids) in whole else known:
-            if full[:n] == ids: talk.lacks, kinds = sum(kind == "answer" for kind, _ in kinds[n:]), kinds[:n]; break
-            if full[-n:] == ids: kinds = kinds[-n:]; break
-        else: return talk.note("not one of the rows", range(talk.start, talk.end))
+            if full[:n] == ids:
+                talk.lacks, kinds = sum(kind == "answer" for kind, _ in kinds[n:]), kinds[:n]
+                break
+            if full[-n:] == ids:
+                kinds = kinds[-n:]
+                break
+        else:
+            return talk.note("not one of the rows", range(talk.start, talk.end))
         talk.kinds = dict(enumerate(kinds, talk.start))
     return tell
 
 # %% ../nbs/04_loss_masking.ipynb #3454d353
 def _marks(tokenizer, template): # -> the text between question and answer, the id of the stop token, the text behind it
     "What a template writes around an answer."
-    if template is None and not tokenizer.chat_template: return "", tokenizer.eos_token_id, ""
+    if template is None and not tokenizer.chat_template:
+        return "", tokenizer.eos_token_id, ""
     parts = layout(tokenizer, [dict(role="user", content="Why?"), dict(role="assistant", content="So.")], template)
     asked, answered = (next(i for i, part in enumerate(parts) if part.text == content) for content in ("Why?", "So."))
     ids, owners = encode_segments(tokenizer, parts)
@@ -254,8 +283,10 @@ def _by_template(tokenizer, header, stop, tail):
         text = "".join(pieces)
         kinds = [("prompt", -1)] * len(text) # of each character
         for turn, m in enumerate(answer.finditer(text)):
-            for kind, a, b in (("header", m.start(), m.start(1)), ("answer", *m.span(1)), ("stop", *m.span(2))): kinds[a:b] = [(kind, turn)] * (b - a)
-            if text[m.end():] == spelled(tail): kinds[m.end():] = [("tail", turn)] * (len(text) - m.end())
+            for kind, a, b in (("header", m.start(), m.start(1)), ("answer", *m.span(1)), ("stop", *m.span(2))):
+                kinds[a:b] = [(kind, turn)] * (b - a)
+            if text[m.end():] == spelled(tail):
+                kinds[m.end():] = [("tail", turn)] * (len(text) - m.end())
         for i, piece in enumerate(pieces, talk.start):
             over = kinds[at:at + len(piece)] # a token with a character of an answer belongs to it
             talk.kinds[i] = next((kind for kind in over if kind[0] in ("answer", "stop")), over[0])
@@ -277,35 +308,42 @@ def _learned_places(talk):
 def _check_parts(talk, pad_id):
     "Where the kinds are known: which kinds are learned."
     places = {}
-    for i, (kind, _) in talk.kinds.items(): places.setdefault(kind, []).append(i)
+    for i, (kind, _) in talk.kinds.items():
+        places.setdefault(kind, []).append(i)
     asked = places.get("prompt", []) + places.get("header", [])
-    for kind in ("prompt", "header"): talk.note(f"{kind} learned", [i for i in places.get(kind, []) if i in talk.learned])
-    if "prompt learned" in talk.found and all(i in talk.learned or i == talk.start or talk.ids[i] == pad_id for i in asked): talk.note("everything learned", asked)
+    for kind in ("prompt", "header"):
+        talk.note(f"{kind} learned", [i for i in places.get(kind, []) if i in talk.learned])
+    if "prompt learned" in talk.found and all(i in talk.learned or i == talk.start or talk.ids[i] == pad_id for i in asked):
+        talk.note("everything learned", asked)
     taught = {turn for i, (kind, turn) in talk.kinds.items() if kind in ("answer", "stop") and i in talk.learned}
     talk.note("answer partly learned", [i for i in places.get("answer", []) if i not in talk.learned and talk.kinds[i][1] in taught])
 
 # %% ../nbs/04_loss_masking.ipynb #961dc8d3
 def _check_ends(talk, stop, tail, pad_id): # tail: how many tokens may follow a stop token
     "Whether anything is learned, no padding, and each stretch to its stop token."
-    if not talk.learned: talk.note("nothing learned", range(talk.start, talk.end))
+    if not talk.learned:
+        talk.note("nothing learned", range(talk.start, talk.end))
     talk.note("padding learned", [i for i in talk.padding if i in talk.learned])
     ends = [i for i in range(talk.start, talk.end) if i in talk.learned and (i + 1 not in talk.learned or i + 1 == talk.end)]
     ends = [i for i in ends if stop not in talk.ids[max(i - tail, talk.start):i + 1] and talk.kinds.get(i, ("answer",))[0] not in ("prompt", "header")]
     talk.note("stop token not learned", [i + 1 for i in ends if i + 1 < talk.end and talk.ids[i + 1] == stop])
     talk.note("no stop token", [i for i in ends if i + 1 == talk.end])
-    if stop == pad_id and not any(talk.ids[i] == stop for i in talk.learned): talk.note("pad is the stop token", talk.found.get("stop token not learned"))
+    if stop == pad_id and not any(talk.ids[i] == stop for i in talk.learned):
+        talk.note("pad is the stop token", talk.found.get("stop token not learned"))
 
 # %% ../nbs/04_loss_masking.ipynb #12fa4f55
 def _check_columns(talks): # of one batch
     "Whether rows are masked up to a column that fits only some of them."
     some = [talk for talk in talks if talk.learned]
-    if len(talks) < 2 or len({talk.row for talk in talks}) < len(talks) or all("everything learned" in talk.found for talk in some): return
+    if len(talks) < 2 or len({talk.row for talk in talks}) < len(talks) or all("everything learned" in talk.found for talk in some):
+        return
     column = min((min(talk.learned) for talk in some if min(talk.learned) > talk.start), default=0)
     prompts = [next((i for i, (kind, _) in talk.kinds.items() if kind in ("answer", "stop")), talk.end) - talk.start for talk in talks]
     misplaced = any(fault in talk.found for talk in talks for fault in ("prompt learned", "header learned", "answer partly learned"))
     for cause, columns in (("one cut for all rows", [column] * len(talks)), ("cut counted over padding", prompts)):
         if misplaced and all(talk.learned - set(talk.padding) == set(range(max(c, talk.start), talk.end)) for talk, c in zip(talks, columns)):
-            for talk in talks: talk.note(cause, sorted({i for fault in FAULTS[cause][2] for i in talk.found.get(fault, ())}))
+            for talk in talks:
+                talk.note(cause, sorted({i for fault in FAULTS[cause][2] for i in talk.found.get(fault, ())}))
             return
 
 # %% ../nbs/04_loss_masking.ipynb #ec78fa0a
@@ -315,7 +353,8 @@ def _check_cut_off(talks): # of all batches
     at_limit = [talk for talk in talks if talk.end - talk.start == longest]
     shorter = any("no stop token" in talk.found for talk in talks if talk.end - talk.start < longest) # then it is not the limit's doing
     for talk in at_limit:
-        if talk.lacks or not shorter: talk.note("cut off", talk.found.get("no stop token") or talk.lacks and talk.found.get("nothing learned"))
+        if talk.lacks or not shorter:
+            talk.note("cut off", talk.found.get("no stop token") or talk.lacks and talk.found.get("nothing learned"))
 
 # %% ../nbs/04_loss_masking.ipynb #04ac3ca8
 _STYLE = dict(learned="background:rgba(40,160,70,.28);border-bottom:2px solid rgba(40,160,70,.9)", masked="opacity:.75", fault="background:rgba(220,50,40,.28);border:1px dashed rgba(220,50,40,.9)")
@@ -357,14 +396,16 @@ class LabelReport:
     batches:int # how many
 
     @property
-    def causes(self): return _causes(self.talks) # cause -> (its conversations, how often each consequence follows); most frequent first
+    def causes(self):
+        return _causes(self.talks) # cause -> (its conversations, how often each consequence follows); most frequent first
 
     @property
     def figures(self): return dict(batches=self.batches, **_figures(self.talks)) # counts
 
     def assert_ok(self):
         "Raise an AssertionError that says what is wrong, if anything is."
-        if self.causes: raise AssertionError(repr(self))
+        if self.causes:
+            raise AssertionError(repr(self))
 
     def __repr__(self): return _as_text(self)
     def _repr_html_(self): return _as_html(self)
@@ -409,7 +450,8 @@ def audit_labels(
 # %% ../nbs/04_loss_masking.ipynb #acd1af80
 def _audit(batches, tokenizer, tell, stop, tail_tokens):
     batches, talks = list(batches), []
-    if not batches: raise MaskError("there are no batches to look at")
+    if not batches:
+        raise MaskError("there are no batches to look at")
     for _, batch in groupby(conversations(batches, tokenizer.pad_token_id, stop), key=lambda talk: talk.batch):
         batch = list(batch)
         for talk in batch:
@@ -453,9 +495,11 @@ def _copied(batch): # labels that are the ids, but for padding
     padding = batch["attention_mask"] == 0 if "attention_mask" in batch else batch["input_ids"] < 0
     return batch["input_ids"].masked_fill(padding, IGNORE), padding
 
-def _begins(labels): return [next((i for i, label in enumerate(row) if label != IGNORE), len(row)) for row in labels.tolist()]
+def _begins(labels):
+    return [next((i for i, label in enumerate(row) if label != IGNORE), len(row)) for row in labels.tolist()]
 
-def _padding_learned(batch, pad_id): return batch["labels"].where(~_copied(batch)[1], batch["input_ids"])
+def _padding_learned(batch, pad_id):
+    return batch["labels"].where(~_copied(batch)[1], batch["input_ids"])
 
 def _wrong_token(batch, pad_id):
     labels = batch["labels"].clone()
@@ -471,10 +515,13 @@ def _first_columns(batch, pad_id): # labels[:, :n], with the first row's n
 def _counted_over_padding(batch, pad_id): # the batch is turned so that padding is on the left
     labels, padding = _copied(batch)
     ends, begins = padding.sum(1).tolist(), _begins(batch["labels"])
-    if not (any(begins) and padding[:, -1].any()): return batch["labels"]
-    for key in ("input_ids", "attention_mask"): batch[key] = _turned(batch[key], ends)
+    if not (any(begins) and padding[:, -1].any()):
+        return batch["labels"]
+    for key in ("input_ids", "attention_mask"):
+        batch[key] = _turned(batch[key], ends)
     labels = _turned(labels, ends)
-    for row, n in zip(labels, begins): row[:n] = IGNORE
+    for row, n in zip(labels, begins):
+        row[:n] = IGNORE
     return labels
 
 def _turned(rows, steps): # each row by its own number of steps to the right
@@ -495,13 +542,15 @@ BATCH_FAULTS = { # fault -> (cause, function from a batch and the id of the pad 
 
 # %% ../nbs/04_loss_masking.ipynb #7ddadb07
 def _verdict(batches, clean, audit, cause, usual): # "named", "named below" another cause, "missed: …", "-"
-    if all(a[key].equal(b[key]) for a, b in zip(batches, clean) for key in ("input_ids", "labels")): return "-"
+    if all(a[key].equal(b[key]) for a, b in zip(batches, clean) for key in ("input_ids", "labels")):
+        return "-"
     found = audit(batches).causes
-    if any(cause in follows for _, follows in found.values()) and not found.keys() - usual: return "named below"
+    if any(cause in follows for _, follows in found.values()) and not found.keys() - usual:
+        return "named below"
     return "named" if found.keys() - usual == {cause} else f"missed: {', '.join(found) or 'nothing'}"
 
 # %% ../nbs/04_loss_masking.ipynb #4a1e8add
-def kill_table(
+def mutation_table(
     tokenizer,
     rows:list, # with `messages`
     collators:dict, # name -> function from a tokenizer to a collator
@@ -513,15 +562,19 @@ def kill_table(
     same.pad_token = same.eos_token
     encoded = {fault: [made(tokenizer, row["messages"]) for row in rows] for fault, (_, made) in (("(no fault)", (None, encode)), *ROW_FAULTS.items())}
     for name, make in collators.items():
-        def batched(fault, t=tokenizer): return [make(t)([dict(row) for row in encoded[fault][i:i + batch_size]]) for i in range(0, len(rows), batch_size)]
-        def audit(batches, t=tokenizer): return _audit(batches, t, tell, stop, len(tokenizer(tail)["input_ids"]))
+        def batched(fault, t=tokenizer):
+            return [make(t)([dict(row) for row in encoded[fault][i:i + batch_size]]) for i in range(0, len(rows), batch_size)]
+        def audit(batches, t=tokenizer):
+            return _audit(batches, t, tell, stop, len(tokenizer(tail)["input_ids"]))
         clean = batched("(no fault)")
         usual = set(audit(clean).causes)
         verdicts = table[name] = {"(no fault)": ", ".join(usual) or "nothing named"}
-        for fault, (cause, _) in ROW_FAULTS.items(): verdicts[fault] = _verdict(batched(fault), clean, audit, cause, usual)
+        for fault, (cause, _) in ROW_FAULTS.items():
+            verdicts[fault] = _verdict(batched(fault), clean, audit, cause, usual)
         for fault, (cause, changed) in BATCH_FAULTS.items():
             t = same if fault.startswith("pad = eos") else tokenizer
             batches = batched("(no fault)", t)
-            for batch in batches: batch["labels"] = changed(batch, t.pad_token_id)
+            for batch in batches:
+                batch["labels"] = changed(batch, t.pad_token_id)
             verdicts[fault] = _verdict(batches, clean, lambda batches: audit(batches, t), cause, usual)
     return pd.DataFrame(table)

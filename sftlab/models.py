@@ -44,7 +44,8 @@ def pick_dtype(
 ): # a `torch.dtype`
     "The number format that suits a device."
     import torch
-    if device == "cpu": return torch.float32
+    if device == "cpu":
+        return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 # %% ../nbs/reference/models.ipynb #818a6f6a
@@ -54,13 +55,19 @@ def _on_hub(name):
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
     hint = "Use a folder on this machine, or one of: " + ", ".join(PRESETS)
     try:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str): return
-        if constants.HF_HUB_OFFLINE: raise ConnectionError("HF_HUB_OFFLINE is set")
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        if constants.HF_HUB_OFFLINE:
+            raise ConnectionError("HF_HUB_OFFLINE is set")
         HfApi().model_info(name, timeout=10)
-    except HFValidationError: raise ModelError(f"{name!r} is neither a folder here nor a possible hub id. {hint}.") from None
-    except GatedRepoError: raise ModelError(f"{name} is gated: accept its licence on its hub page, then `hf auth login`.") from None
-    except RepositoryNotFoundError: raise ModelError(f"The hub has no model {name!r} (or it is private). {hint}.") from None
-    except Exception as e: raise ModelError(f"{name!r} is not on this machine and the hub cannot be reached ({type(e).__name__}). {hint}; or connect once to download it.") from None
+    except HFValidationError:
+        raise ModelError(f"{name!r} is neither a folder here nor a possible hub id. {hint}.") from None
+    except GatedRepoError:
+        raise ModelError(f"{name} is gated: accept its licence on its hub page, then `hf auth login`.") from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"The hub has no model {name!r} (or it is private). {hint}.") from None
+    except Exception as e:
+        raise ModelError(f"{name!r} is not on this machine and the hub cannot be reached ({type(e).__name__}). {hint}; or connect once to download it.") from None
 
 def find(
     name:str, # "tiny", a folder or a hub id
@@ -71,7 +78,8 @@ def find(
         if not any((path / f).exists() for f in ("config.json", "adapter_config.json")):
             raise ModelError(f"{path} holds no model: it has neither config.json nor adapter_config.json.")
         return str(path)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1: raise ModelError(f"There is no folder {path}.")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(f"There is no folder {path}.")
     _on_hub(name)
     return name
 
@@ -84,28 +92,37 @@ def load(
     four_bit:bool=None, # weights in NF4; by default as the preset says, or as an adapter's base was when it was trained
 ): # the model, in evaluation mode, and its tokenizer
     "Load a causal language model and its tokenizer."
-    if name in PRESETS: name, preset = None, name
+    if name in PRESETS:
+        name, preset = None, name
     preset = preset or os.environ.get("SFTLAB_PRESET", "tiny")
-    if preset not in PRESETS: raise ModelError(f"There is no preset {preset!r}; there are: " + ", ".join(PRESETS))
+    if preset not in PRESETS:
+        raise ModelError(f"There is no preset {preset!r}; there are: " + ", ".join(PRESETS))
     settings = PRESETS[preset]
     where = find(name or settings.model)
     device = device or ("cpu" if where == str(tiny_path()) else pick_device())
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
     options = dict(dtype=dtype or pick_dtype(device), device_map=device)
-    if settings.four_bit or _by_qlora(where) if four_bit is None else four_bit: options["quantization_config"] = _nf4(options["dtype"])
+    if settings.four_bit or _by_qlora(where) if four_bit is None else four_bit:
+        options["quantization_config"] = _nf4(options["dtype"])
     adapter = Path(where) / "adapter_config.json"
     bars = logging.is_progress_bar_enabled()
-    if where == str(tiny_path()): logging.disable_progress_bar() # it takes milliseconds
+    if where == str(tiny_path()):
+        logging.disable_progress_bar() # it takes milliseconds
     try:
-        if adapter.exists(): model = _with_adapter(where, json.loads(adapter.read_text())["base_model_name_or_path"], options)
-        else: model = AutoModelForCausalLM.from_pretrained(where, **options)
+        if adapter.exists():
+            model = _with_adapter(where, json.loads(adapter.read_text())["base_model_name_or_path"], options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(where, **options)
         tokenizer = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as e: raise ModelError(f"{where} cannot be loaded: {str(e).splitlines()[0]}") from e
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{where} cannot be loaded: {str(e).splitlines()[0]}") from e
     finally:
-        if bars: logging.enable_progress_bar()
+        if bars:
+            logging.enable_progress_bar()
     for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False # else answering repacks the weights, and no gradient passes through them from then on
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False # else answering repacks the weights, and no gradient passes through them from then on
     return model.eval(), tokenizer
 
 def _by_qlora(folder): # whether `sftlab train --method qlora` made it
@@ -114,7 +131,8 @@ def _by_qlora(folder): # whether `sftlab train --method qlora` made it
 
 def _nf4(dtype):
     from importlib.util import find_spec
-    if not find_spec("bitsandbytes"): raise ModelError("Weights in four bits need bitsandbytes, which is not installed: pip install bitsandbytes")
+    if not find_spec("bitsandbytes"):
+        raise ModelError("Weights in four bits need bitsandbytes, which is not installed: pip install bitsandbytes")
     from transformers import BitsAndBytesConfig
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
 
@@ -122,5 +140,6 @@ def _with_adapter(folder, base, options):
     "The base that an adapter names, with the adapter on it."
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
-    if Path(base).name == "tiny" and not Path(base).is_dir(): base = "tiny" # made on another machine, where the course lay elsewhere
+    if Path(base).name == "tiny" and not Path(base).is_dir():
+        base = "tiny" # made on another machine, where the course lay elsewhere
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(find(base), **options), folder)

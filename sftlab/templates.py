@@ -43,7 +43,8 @@ def chatml(
         yield _typed(message["content"], i, answer)
         yield _mark("<|im_end|>", i, answer)
         yield _mark("\n", i)
-    if add_generation_prompt: yield _mark("<|im_start|>assistant\n")
+    if add_generation_prompt:
+        yield _mark("<|im_start|>assistant\n")
 
 # %% ../nbs/03_chat_templates.ipynb #37e669c4
 def llama3(messages:list, add_generation_prompt:bool=False) -> Iterator[Segment]:
@@ -54,7 +55,8 @@ def llama3(messages:list, add_generation_prompt:bool=False) -> Iterator[Segment]
         yield _mark(f"<|start_header_id|>{message['role']}<|end_header_id|>\n\n", i)
         yield _typed(message["content"].strip(), i, answer)
         yield _mark("<|eot_id|>", i, answer)
-    if add_generation_prompt: yield _mark("<|start_header_id|>assistant<|end_header_id|>\n\n")
+    if add_generation_prompt:
+        yield _mark("<|start_header_id|>assistant<|end_header_id|>\n\n")
 
 # %% ../nbs/03_chat_templates.ipynb #db930249
 def _system(messages): return messages[0]["content"] if messages[0]["role"] == "system" else None
@@ -95,7 +97,8 @@ def _alpaca_like(introduction, instruction, response) -> Callable: # a layout, l
                 yield _mark(f"\n\n{response}", i)
                 yield _typed(message["content"], i, True)
                 yield _mark("</s>", i, True)
-        if add_generation_prompt: yield _mark(f"\n\n{response}")
+        if add_generation_prompt:
+            yield _mark(f"\n\n{response}")
     return layout
 
 # %% ../nbs/03_chat_templates.ipynb #d6e2ad4b
@@ -115,7 +118,8 @@ def vicuna(messages:list, add_generation_prompt:bool=False) -> Iterator[Segment]
             yield _mark(" ", i, True)
             yield _typed(message["content"], i, True)
             yield _mark("</s>", i, True)
-    if add_generation_prompt: yield _mark(" ASSISTANT:")
+    if add_generation_prompt:
+        yield _mark(" ASSISTANT:")
 
 # %% ../nbs/03_chat_templates.ipynb #a86b2742
 _CHATML = r"""
@@ -164,7 +168,8 @@ _LLAMA2 = _TURNS + r"""
 {%- endfor %}"""
 
 # %% ../nbs/03_chat_templates.ipynb #fac12047
-def _alpaca_jinja(introduction, instruction, response): return _TURNS + r"""
+def _alpaca_jinja(introduction, instruction, response):
+    return _TURNS + r"""
 {{- '<s>' }}{{ 'INTRODUCTION' if system is none else system }}
 {%- for message in turns %}
     {%- if message.role == 'user' %}
@@ -208,19 +213,25 @@ TEMPLATES = dict(
 
 # %% ../nbs/03_chat_templates.ipynb #97acb843
 def _check_messages(messages, alternates):
-    if not messages: raise TemplateError("the conversation has no messages")
+    if not messages:
+        raise TemplateError("the conversation has no messages")
     for i, message in enumerate(messages):
-        if message.get("role") not in ROLES: raise TemplateError(f"messages[{i}].role is {message.get('role')!r}: it must be one of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str): raise TemplateError(f"messages[{i}].content is not a text: write it as one")
-    if not alternates: return
+        if message.get("role") not in ROLES:
+            raise TemplateError(f"messages[{i}].role is {message.get('role')!r}: it must be one of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise TemplateError(f"messages[{i}].content is not a text: write it as one")
+    if not alternates:
+        return
     first = int(messages[0]["role"] == "system")
-    if len(messages) == first: raise TemplateError("the conversation has no question: add one, or take it out")
+    if len(messages) == first:
+        raise TemplateError("the conversation has no question: add one, or take it out")
     for i, message in enumerate(messages[first:]):
         if message["role"] != (due := ("user", "assistant")[i % 2]):
             raise TemplateError(f"messages[{i + first}].role is {message['role']!r} where this template needs {due!r}: questions and answers must alternate, after a system text at most; mend the row, or use chatml")
 
 def _named(template) -> Template:
-    if template not in TEMPLATES: raise TemplateError(f"there is no template {template!r}: choose one of {', '.join(TEMPLATES)}")
+    if template not in TEMPLATES:
+        raise TemplateError(f"there is no template {template!r}: choose one of {', '.join(TEMPLATES)}")
     return TEMPLATES[template]
 
 # %% ../nbs/03_chat_templates.ipynb #ec9dc7af
@@ -285,7 +296,8 @@ def encode_segments(
     text = _text(segments)
     marks = "".join(s.text if s.mark else re.sub(r"\S", "\0", s.text) for s in segments) # typed characters are hidden
     lead, tokens, done = _lead(tokenizer), [], 0
-    def add_text(end): tokens.extend((id, done + a, done + b) for id, a, b in _plain(tokenizer, text[done:end], lead if done else ""))
+    def add_text(end):
+        tokens.extend((id, done + a, done + b) for id, a, b in _plain(tokenizer, text[done:end], lead if done else ""))
     for found in _special(tokenizer).finditer(marks):
         add_text(found.start())
         tokens.append((tokenizer.convert_tokens_to_ids(found[0].strip()), *found.span()))
@@ -308,7 +320,8 @@ def _boxes(tokenizer, ids) -> list: # of (kind, HTML)
     for n, id in enumerate(ids):
         held.append(id)
         text = tokenizer.decode(held)
-        if "\N{REPLACEMENT CHARACTER}" in text and n + 1 < len(ids): continue
+        if "\N{REPLACEMENT CHARACTER}" in text and n + 1 < len(ids):
+            continue
         kind = "special" if id in special and len(held) == 1 else ""
         shown = escape(text).replace("\n", "⏎").replace(" ", "·") + (f"<sub>{len(held)}</sub>" if len(held) > 1 else "")
         boxes.append((kind, shown))
@@ -346,9 +359,12 @@ def has_generation_markers(tokenizer) -> bool:
 def _rendered(tokenizer, messages, add_generation_prompt=False) -> tuple: # the text; (start, end) of what stands in generation markers
     from jinja2 import TemplateError as JinjaError
     from transformers.utils.chat_template_utils import render_jinja_template
-    if not tokenizer.chat_template: raise TemplateError("the tokenizer has no chat template: give it one with `with_template`, or choose a model that has one")
-    try: texts, spans = render_jinja_template([messages], chat_template=tokenizer.get_chat_template(), return_assistant_tokens_mask=has_generation_markers(tokenizer), add_generation_prompt=add_generation_prompt, **tokenizer.special_tokens_map)
-    except (JinjaError, TypeError) as e: raise TemplateError(f"the tokenizer's chat template does not take this conversation: {e}") from None
+    if not tokenizer.chat_template:
+        raise TemplateError("the tokenizer has no chat template: give it one with `with_template`, or choose a model that has one")
+    try:
+        texts, spans = render_jinja_template([messages], chat_template=tokenizer.get_chat_template(), return_assistant_tokens_mask=has_generation_markers(tokenizer), add_generation_prompt=add_generation_prompt, **tokenizer.special_tokens_map)
+    except (JinjaError, TypeError) as e:
+        raise TemplateError(f"the tokenizer's chat template does not take this conversation: {e}") from None
     return texts[0], list(spans[0]) if spans else []
 
 # %% ../nbs/03_chat_templates.ipynb #fbb031ff
@@ -358,12 +374,14 @@ def _typed_spans(tokenizer, messages, text, add_generation_prompt) -> list: # of
     a, b = [c for c in map(chr, range(0xE000, 0xF8FF)) if c not in used][:2]
     def signed(i, message, inside, blanks):
         content = message["content"]
-        if not content.strip() and not blanks and message["role"] != "assistant": return message
+        if not content.strip() and not blanks and message["role"] != "assistant":
+            return message
         before, core, after = re.fullmatch(r"(\s*)(.*?)(\s*)", content, re.DOTALL).groups() if inside else ("", content, "")
         return message | dict(content=f"{before}{a}{i}{a}{core}{b}{after}")
     for inside, blanks in ((False, True), (True, True), (True, False)):
         marked, _ = _rendered(tokenizer, [signed(i, m, inside, blanks) for i, m in enumerate(messages)], add_generation_prompt)
-        if re.sub(f"{a}\\d+{a}|{b}", "", marked) != text: continue
+        if re.sub(f"{a}\\d+{a}|{b}", "", marked) != text:
+            continue
         pieces, spans, at = re.split(f"{a}(\\d+){a}([^{b}]*){b}", marked), [], 0 # template, turn, typed, template, …
         for before, turn, typed in zip(pieces[::3], pieces[1::3], pieces[2::3]):
             at += len(before) + len(typed)
@@ -383,8 +401,10 @@ def _answers(tokenizer, messages, text, typed) -> list: # of (start, end)
 
 def _turn(start, span, typed) -> int:
     "The message that a piece of the template belongs to: of the answer where it is learned (stands in `span`), else of the next message, else of the last."
-    if span: own = [turn for a, _, turn in typed if span[0] <= a < span[1]] or [turn for a, _, turn in typed if a <= start][-1:]
-    else: own = [turn for a, _, turn in typed if a >= start] or [turn for *_, turn in typed[-1:]]
+    if span:
+        own = [turn for a, _, turn in typed if span[0] <= a < span[1]] or [turn for a, _, turn in typed if a <= start][-1:]
+    else:
+        own = [turn for a, _, turn in typed if a >= start] or [turn for *_, turn in typed[-1:]]
     return [*own, -1][0]
 
 # %% ../nbs/03_chat_templates.ipynb #7fd5d312
@@ -397,7 +417,8 @@ def segments_of(
     _check_messages(messages, alternates=False)
     text, learned = _rendered(tokenizer, messages, add_generation_prompt)
     typed = _typed_spans(tokenizer, messages, text, add_generation_prompt)
-    if not has_generation_markers(tokenizer): learned = _answers(tokenizer, messages, text, typed)
+    if not has_generation_markers(tokenizer):
+        learned = _answers(tokenizer, messages, text, typed)
     without = _rendered(tokenizer, messages)[0]
     prompt = len(without) if text.startswith(without) else len(text)
     bos = len(tokenizer.bos_token) if tokenizer.bos_token and text.startswith(tokenizer.bos_token) else 0
@@ -439,32 +460,43 @@ class TemplateReport:
     notes:list # texts: good to know, and no faults
     def __repr__(self):
         lines = [f"{len(self.faults)} fault{'s' * (len(self.faults) != 1)}"]
-        for f in self.faults: lines += [f"✗ {f.name}: {f.what}", f"    leads to: {FAULTS[f.name][0]}", f"    mend: {FAULTS[f.name][1]}"]
+        for f in self.faults:
+            lines += [f"✗ {f.name}: {f.what}", f"    leads to: {FAULTS[f.name][0]}", f"    mend: {FAULTS[f.name][1]}"]
         return "\n".join(lines + [f"· note: {note}" for note in self.notes])
     def assert_ok(self):
         "Raise a `TemplateError` that names the faults, where there are some."
-        if self.faults: raise TemplateError(f"the chat template has {self!r}")
+        if self.faults:
+            raise TemplateError(f"the chat template has {self!r}")
 
 # %% ../nbs/03_chat_templates.ipynb #3d6e391c
 _TALK = [dict(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(["What is two plus two?", "It is four.", "And three plus three?", "That makes six."])]
 
 def _check_begin(tokenizer, pieces):
     bos = tokenizer.bos_token_id
-    if bos is None: return
-    if encode_segments(tokenizer, pieces)[0][:2] == [bos, bos]: yield Fault("double BOS", f"the conversation begins with {tokenizer.bos_token} twice")
-    elif tokenizer(_text(pieces))["input_ids"][:2] == [bos, bos]: yield f"template and tokenizer both write {tokenizer.bos_token}: encode a conversation that is text already with add_special_tokens=False"
+    if bos is None:
+        return
+    if encode_segments(tokenizer, pieces)[0][:2] == [bos, bos]:
+        yield Fault("double BOS", f"the conversation begins with {tokenizer.bos_token} twice")
+    elif tokenizer(_text(pieces))["input_ids"][:2] == [bos, bos]:
+        yield f"template and tokenizer both write {tokenizer.bos_token}: encode a conversation that is text already with add_special_tokens=False"
 
 def _check_answers(tokenizer, pieces):
     special = _special(tokenizer)
     rest = _text(pieces[max(i for i, s in enumerate(pieces) if s.turn == 3 and not s.mark) + 1:])
     stop = special.search(rest)
-    if not stop: yield Fault("no stop token", f"after the last answer comes {rest!r}, and no special token of this tokenizer" if rest.strip() else "nothing comes after the last answer")
-    elif stop[0].strip() != tokenizer.eos_token: yield f"an answer ends with {stop[0].strip()}, and eos_token is {tokenizer.eos_token}: make the first a stop token too (eos_token, or eos_token_id in the generation settings)"
-    if not has_generation_markers(tokenizer): yield Fault("no generation markers", "the template has no {% generation %}"); return
+    if not stop:
+        yield Fault("no stop token", f"after the last answer comes {rest!r}, and no special token of this tokenizer" if rest.strip() else "nothing comes after the last answer")
+    elif stop[0].strip() != tokenizer.eos_token:
+        yield f"an answer ends with {stop[0].strip()}, and eos_token is {tokenizer.eos_token}: make the first a stop token too (eos_token, or eos_token_id in the generation settings)"
+    if not has_generation_markers(tokenizer):
+        yield Fault("no generation markers", "the template has no {% generation %}")
+        return
     wrong = [s for s in pieces if not s.mark and s.learned != (s.turn in (1, 3))]
     ends = [special.search(_text(s for s in pieces if s.mark and s.learned and s.turn == turn)) for turn in (1, 3)]
-    if wrong: yield Fault("markers in the wrong place", f"{wrong[0].text!r} stands {'inside' if wrong[0].learned else 'outside'} of them")
-    elif stop and not all(ends): yield Fault("stop token not learned", f"{stop[0].strip()} stands outside of the markers")
+    if wrong:
+        yield Fault("markers in the wrong place", f"{wrong[0].text!r} stands {'inside' if wrong[0].learned else 'outside'} of them")
+    elif stop and not all(ends):
+        yield Fault("stop token not learned", f"{stop[0].strip()} stands outside of the markers")
 
 # %% ../nbs/03_chat_templates.ipynb #90206a50
 def _around(text, other) -> str:
@@ -478,32 +510,43 @@ def _check_prompts(tokenizer, pieces):
         prompt, before = (_rendered(tokenizer, _TALK[:turn], add)[0] for add in (True, False))
         if not text.startswith(prompt):
             name = "generation prompt is no prefix" if text.startswith(before) and prompt.startswith(before) else "training and inference differ"
-            yield Fault(name, f"in training there is {_around(text, prompt)}, in use {_around(prompt, text)}"); return
+            yield Fault(name, f"in training there is {_around(text, prompt)}, in use {_around(prompt, text)}")
+            return
         head = pieces[:next(i for i, s in enumerate(pieces) if s.turn == turn and not s.mark)]
         given = [(c, s.learned) for s in head for c in s.text][len(prompt):] # without markers, words may be the model's own to write, and so may a space where there is no prompt at all
         missing = "".join(c for c, learned in given if not learned)
         if missing and (marked or bool(missing.strip()) == (prompt == before)):
-            yield Fault("generation prompt too short", f"before an answer it leaves out {missing!r}"); return
+            yield Fault("generation prompt too short", f"before an answer it leaves out {missing!r}")
+            return
 
 # %% ../nbs/03_chat_templates.ipynb #e1167dbc
 def _check_system(tokenizer):
     system = dict(role="system", content="Speak like a pirate.")
-    try: text, _ = _rendered(tokenizer, [system, *_TALK[:2]])
-    except TemplateError as e: yield f"a system message is refused ({str(e).rsplit(': ', 1)[-1]})"; return
-    if system["content"] not in text: yield Fault("system message dropped", "its text is not in the result")
+    try:
+        text, _ = _rendered(tokenizer, [system, *_TALK[:2]])
+    except TemplateError as e:
+        yield f"a system message is refused ({str(e).rsplit(': ', 1)[-1]})"
+        return
+    if system["content"] not in text:
+        yield Fault("system message dropped", "its text is not in the result")
 
 def _check_space(tokenizer):
-    if " padded \n" not in _rendered(tokenizer, [dict(role="user", content=" padded \n")])[0]: yield "white space around a message is taken off"
+    if " padded \n" not in _rendered(tokenizer, [dict(role="user", content=" padded \n")])[0]:
+        yield "white space around a message is taken off"
 
 # %% ../nbs/03_chat_templates.ipynb #5661f7f6
 def check_template(
     tokenizer, # with the chat template to look at
 ) -> TemplateReport: # `.faults`, `.notes`, and `.assert_ok()`
     "Look for faults in a chat template that training would not notice."
-    if not tokenizer.chat_template: return TemplateReport([Fault("no chat template", "the tokenizer's chat_template is empty")], [])
-    try: pieces = segments_of(tokenizer, _TALK)
-    except TemplateError as e: return TemplateReport([Fault("conversation refused", str(e))], [])
+    if not tokenizer.chat_template:
+        return TemplateReport([Fault("no chat template", "the tokenizer's chat_template is empty")], [])
+    try:
+        pieces = segments_of(tokenizer, _TALK)
+    except TemplateError as e:
+        return TemplateReport([Fault("conversation refused", str(e))], [])
     for i, message in enumerate(_TALK):
-        if (said := _text(s for s in pieces if s.turn == i and not s.mark)) != message["content"]: return TemplateReport([Fault("message dropped or changed", f"{message['content']!r} comes out as {said!r}")], [])
+        if (said := _text(s for s in pieces if s.turn == i and not s.mark)) != message["content"]:
+            return TemplateReport([Fault("message dropped or changed", f"{message['content']!r} comes out as {said!r}")], [])
     found = [*_check_begin(tokenizer, pieces), *_check_answers(tokenizer, pieces), *_check_prompts(tokenizer, pieces), *_check_system(tokenizer), *_check_space(tokenizer)]
     return TemplateReport([f for f in found if isinstance(f, Fault)], [n for n in found if isinstance(n, str)])

@@ -22,7 +22,8 @@ IDLE = """() => { const widget = window.jupyterapp?.shell.currentWidget
 def find_browser() -> str: # path of the program
     "The first browser there is; without one the test is skipped, or fails where `CI` says that there must be one."
     for name in BROWSERS:
-        if found := shutil.which(name): return found
+        if found := shutil.which(name):
+            return found
     give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
     give_up("no chromium or google-chrome on PATH: install one to run the browser tests")
 
@@ -56,8 +57,10 @@ def stop(
     "End the server, then what is left of its kernels (each has a process group of its own)."
     family = [psutil.Process(server.pid)] if server.poll() is None else []
     family += [child for process in family for child in process.children(recursive=True)]
-    if family: os.killpg(server.pid, signal.SIGTERM)
-    for process in psutil.wait_procs(family, timeout=20)[1]: process.kill()
+    if family:
+        os.killpg(server.pid, signal.SIGTERM)
+    for process in psutil.wait_procs(family, timeout=20)[1]:
+        process.kill()
     server.wait()
 
 
@@ -83,7 +86,8 @@ def jupyterlab(
                 raise RuntimeError("the server did not start:\n" + (home/"log").read_text())
             time.sleep(.2)
         yield found[0]
-    finally: stop(server)
+    finally:
+        stop(server)
 
 
 @contextmanager
@@ -135,7 +139,8 @@ def replace_cell(
     page.evaluate("""([begins, source]) => { const content = jupyterapp.shell.currentWidget.content
         content.activeCellIndex = content.widgets.findIndex(cell => cell.model.sharedModel.getSource().startsWith(begins))
         content.activeCell.model.sharedModel.setSource(source) }""", [begins, source])
-    for _ in range(2): page.evaluate("() => jupyterapp.commands.execute('notebook:run-cell-and-select-next')")
+    for _ in range(2):
+        page.evaluate("() => jupyterapp.commands.execute('notebook:run-cell-and-select-next')")
     wait_idle(page)
 
 
@@ -146,9 +151,11 @@ def errors(
     found = []
     cells = page.evaluate("() => jupyterapp.shell.currentWidget.content.model.toJSON().cells")
     for number, cell in enumerate(cells):
-        if cell["cell_type"] != "code": continue
+        if cell["cell_type"] != "code":
+            continue
         found += [f"cell {number}: {out['ename']}: {out['evalue']}" for out in cell["outputs"] if out["output_type"] == "error"]
-        if cell["execution_count"] is None and "".join(cell["source"]).strip(): found.append(f"cell {number} did not run")
+        if cell["execution_count"] is None and "".join(cell["source"]).strip():
+            found.append(f"cell {number} did not run")
     return found
 
 
@@ -164,10 +171,12 @@ def ask(
     box.fill("")
     box.press_sequentially(prompt)
     page.get_by_role("button", name="Generate").click()
-    try: page.wait_for_function("""before => { const text = document.querySelector('.sftlab-side-by-side')?.innerText ?? before
+    try:
+        page.wait_for_function("""before => { const text = document.querySelector('.sftlab-side-by-side')?.innerText ?? before
         return text !== before && ['base', 'few-shot', 'instruct'].every(label => text.toLowerCase().includes(label)) }""",
         arg=before, timeout=timeout*1000)
-    except TimeoutError: raise AssertionError(f"no new answers to {prompt!r}: {shown.inner_text()!r}") from None
+    except TimeoutError:
+        raise AssertionError(f"no new answers to {prompt!r}: {shown.inner_text()!r}") from None
     wait_idle(page, timeout)
     return shown.inner_text()
 

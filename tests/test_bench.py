@@ -5,8 +5,8 @@ import statistics
 
 import pytest
 
-from sftlab import bench
-from sftlab.bench import LENGTHS, bench_data, bench_lora, bench_nf4, bench_training, generated_rows, in_turn, parts, table, targets
+from sftlab.study import bench
+from sftlab.study.bench import LENGTHS, bench_data, bench_lora, bench_nf4, bench_training, generated_rows, in_turn, parts, table, targets
 
 
 def test_training_is_the_same_work():
@@ -30,7 +30,8 @@ def test_data_are_the_same_ids_and_labels():
 def test_real_files_are_the_same_ids_and_labels(real_data, monkeypatch):
     files = bench.real_files()
     assert len(files) >= 3
-    for rows in files.values(): assert bench_data(rows[:100], rounds=1)["same"] == dict(input_ids=True, labels=True)
+    for rows in files.values():
+        assert bench_data(rows[:100], rounds=1)["same"] == dict(input_ids=True, labels=True)
 
 
 def test_other_ids_or_labels_would_be_noticed(monkeypatch):
@@ -70,7 +71,8 @@ def test_generated_rows_have_the_lengths_of_real_ones():
     for turn, role in enumerate(("user", "assistant")):
         lengths = sorted(len(row["messages"][turn]["content"]) for row in rows)
         assert all(row["messages"][turn]["role"] == role and row["messages"][turn]["content"].strip() for row in rows)
-        for share in (0.1, 0.25, 0.5, 0.75, 0.9): assert lengths[int(share * 2000)] == pytest.approx(statistics.quantiles(LENGTHS[role], n=1000, method="inclusive")[round(share * 1000) - 1], rel=0.15)
+        for share in (0.1, 0.25, 0.5, 0.75, 0.9):
+            assert lengths[int(share * 2000)] == pytest.approx(statistics.quantiles(LENGTHS[role], n=1000, method="inclusive")[round(share * 1000) - 1], rel=0.15)
     assert rows[:50] == generated_rows(50) != generated_rows(50, seed=1)
 
 
@@ -109,9 +111,11 @@ def test_a_missed_target_is_told(spoil, missed, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "bench_lora", lambda: results["lora"])
     monkeypatch.setattr(bench, "bench_nf4", lambda: results["nf4"])
     if missed:
-        with pytest.raises(SystemExit) as left: bench.main()
+        with pytest.raises(SystemExit) as left:
+            bench.main()
         assert left.value.code == 1
-    else: bench.main()
+    else:
+        bench.main()
     said = capsys.readouterr().out
     assert said.count("MISSED") == len(missed) and "TRL, padding_free" in said
     assert json.loads((tmp_path / "bench.json").read_text())["training"] == results["training"]
@@ -126,7 +130,7 @@ def test_the_table_gives_speeds():
 
 def test_the_kept_results_are_of_the_same_work(root):
     "Whether a target of speed was met stands in the notebook."
-    kept = json.loads((root / "nbs/reference/bench.json").read_text())
+    kept = json.loads((root / "nbs/reference/study/bench.json").read_text())
     assert kept["data"]["10,000 generated rows"]["rows"] == 10_000 and {"machine", "threads", "versions"} < set(kept)
     missed = [asked for asked, _, met in targets(kept) if not met]
     assert all("times" in asked for asked in missed)

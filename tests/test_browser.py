@@ -16,7 +16,8 @@ prompt, button, answers = Text(placeholder="Type a prompt"), Button(description=
 answers.add_class("sftlab-side-by-side")
 display(VBox([prompt, button, answers]))
 """
-def answering(*labels): return WIDGET + f"""
+def answering(*labels):
+    return WIDGET + f"""
 button.on_click(lambda _: setattr(answers, "value", "".join(f"<p>{{who}}: {{prompt.value.upper()}}</p>" for who in {labels})))
 """
 CONTROLS = {
@@ -39,13 +40,16 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(folder):
     find_browser()
-    for name, cells in CONTROLS.items(): write_notebook(folder/f"{name}.ipynb", *cells)
-    with jupyterlab(folder) as address: yield address
+    for name, cells in CONTROLS.items():
+        write_notebook(folder/f"{name}.ipynb", *cells)
+    with jupyterlab(folder) as address:
+        yield address
 
 
 @pytest.fixture
 def page(address):
-    with browser_page(address) as page: yield page
+    with browser_page(address) as page:
+        yield page
 
 
 def test_lesson_1(page, address, tmp_path):
@@ -102,7 +106,8 @@ def test_widget_without_new_answers_is_reported(page, name):
     open_notebook(page, f"{name}.ipynb")
     run_all(page)
     assert errors(page) == []
-    with pytest.raises(AssertionError, match="no new answers"): ask(page, "one", timeout=10)
+    with pytest.raises(AssertionError, match="no new answers"):
+        ask(page, "one", timeout=10)
 
 
 def test_server_and_kernels_end_with_a_failing_test(tmp_path):
@@ -120,4 +125,5 @@ def test_server_and_kernels_end_with_a_failing_test(tmp_path):
 def test_without_a_browser(monkeypatch, ci, outcome):
     monkeypatch.setenv("CI", ci)
     monkeypatch.setattr("lab.shutil.which", lambda name: None)
-    with pytest.raises(outcome, match="no chromium"): find_browser()
+    with pytest.raises(outcome, match="no chromium"):
+        find_browser()

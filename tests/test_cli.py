@@ -3,14 +3,15 @@ import contextlib, io, json, os, pty, resource, select, shutil, signal, subproce
 from pathlib import Path
 import pytest
 from sftlab import cli
-from sftlab.microworld import examples
+from sftlab.tiny.world import examples
 
 SFTLAB = [sys.executable, "-m", "sftlab.cli"]
 
 def call(*words):
     "Exit status, stdout and stderr of one command, run in this process."
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): status = cli.main(list(map(str, words)))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main(list(map(str, words)))
     return status, out.getvalue(), err.getvalue()
 
 @pytest.fixture(scope="module")
@@ -172,7 +173,8 @@ def test_training_interrupted_early_leaves_nothing(folder, tmp_path):
     words = ["train", "--data", folder / "chats.jsonl", "--output", tmp_path / "out", "--epochs", "100"]
     run = subprocess.Popen([sys.executable, "-c", SLOW_TRAINING, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in run.stdout:
-        if line.startswith("step"): break
+        if line.startswith("step"):
+            break
     assert run.poll() is None and list(tmp_path.glob(".*out*")) and not list(tmp_path.glob("[!.]*")) # it was in the middle
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
@@ -220,14 +222,16 @@ sys.exit(cli.main(["chat", "tiny"]))
 
 def test_control_c_stops_the_answer_and_not_the_program():
     pid, terminal = pty.fork()
-    if pid == 0: os.execv(sys.executable, [sys.executable, "-c", SLOW_CHAT])
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", SLOW_CHAT])
     text = ""
     def until(found, seconds=60):
         nonlocal text
         end = time.time() + seconds
         while not found(text):
             assert time.time() < end, text
-            if select.select([terminal], [], [], 0.2)[0]: text += os.read(terminal, 65536).decode(errors="replace")
+            if select.select([terminal], [], [], 0.2)[0]:
+                text += os.read(terminal, 65536).decode(errors="replace")
     try:
         until(lambda t: t.endswith("> "))
         os.write(terminal, b"Hello\n")
@@ -242,7 +246,8 @@ def test_control_c_stops_the_answer_and_not_the_program():
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         pid = None
     finally:
-        if pid: os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)
+        if pid:
+            os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)
         os.close(terminal)
 
 def test_doctor(monkeypatch):
@@ -293,7 +298,8 @@ LESSON, PICTURE = "01_base_vs_instruct.ipynb", "images/a.svg"
 
 def publish(root, version, *names):
     "A new version of some of the course's files."
-    for name in names or (LESSON, PICTURE): (root / "nbs" / name).write_text(f"{name}, version {version}")
+    for name in names or (LESSON, PICTURE):
+        (root / "nbs" / name).write_text(f"{name}, version {version}")
 
 def test_lab_brings_what_is_untouched_up_to_date(repository, tmp_path):
     root, _ = repository
@@ -331,7 +337,8 @@ def test_lab_keeps_a_new_version_that_was_changed_too(repository, tmp_path):
         publish(root, version, "a.ipynb")
         call("lab", "course")
         assert (course / name).read_text() == f"a.ipynb, version {version}"
-        if version < 3: (course / name).write_text(f"my notes on version {version}")
+        if version < 3:
+            (course / name).write_text(f"my notes on version {version}")
     assert (course / "a.ipynb").read_text() == "my notes on version 1" and (course / "a.new.ipynb").read_text() == "my notes on version 2"
 
 def test_lab_puts_a_deleted_file_back(repository, tmp_path):
@@ -354,7 +361,8 @@ def test_lab_leaves_what_nobody_else_made(repository, tmp_path):
     root, _ = repository
     course = tmp_path / "course"
     course.mkdir()
-    for name in (LESSON, "01_base_vs_instruct.new.ipynb", "diary.txt"): (course / name).write_text("mine")
+    for name in (LESSON, "01_base_vs_instruct.new.ipynb", "diary.txt"):
+        (course / name).write_text("mine")
     call("lab", "course")
     assert {text for name, text in no_list(course).items() if text != "mine"} == {f"nbs/{name}" for name in (LESSON, PICTURE, "reference/cli.ipynb")} | {"exercises/q.ipynb"}
     assert (course / "01_base_vs_instruct.new.new.ipynb").read_text() == f"nbs/{LESSON}"
@@ -365,8 +373,10 @@ def test_without_its_list_lab_takes_every_difference_for_the_learners(repository
     root, _ = repository
     course = tmp_path / "course"
     call("lab", "course")
-    if broken is None: (course / cli.LIST).unlink()
-    else: (course / cli.LIST).write_text(broken, "latin-1")
+    if broken is None:
+        (course / cli.LIST).unlink()
+    else:
+        (course / cli.LIST).write_text(broken, "latin-1")
     publish(root, 2)
     status, out, err = call("lab", "course")
     assert (status, err) == (0, "") and "2 files copied" in out and "images/a.new.svg" in out
@@ -387,9 +397,12 @@ def kill_in_a_step(
         def wrapped(path, *args):
             nonlocal count
             count -= 1
-            if count == 0 and when == "in": path.write_bytes(path.read_bytes()[:3])
-            else: step(path, *args)
-            if count == 0: os.kill(os.getpid(), signal.SIGKILL)
+            if count == 0 and when == "in":
+                path.write_bytes(path.read_bytes()[:3])
+            else:
+                step(path, *args)
+            if count == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
         return wrapped
     os.replace, unlink = killing(os.replace), killing(Path.unlink)
     Path.unlink = lambda path, missing_ok=False: path.exists() and unlink(path)
@@ -400,20 +413,24 @@ def copy_and_be_killed(root, folder, when, count) -> int: # exit status
             kill_in_a_step(when, count)
             copy(root, folder)
             os._exit(0)
-        finally: os._exit(1)
+        finally:
+            os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 def much_to_do(root, folder):
     "A learner's folder in which the next run has everything to do: replace, put beside, put back, add and take away."
     root.mkdir(parents=True)
     def publish(version, *names):
-        for name in names: (root / name).write_text(version)
+        for name in names:
+            (root / name).write_text(version)
     publish("version 1", "back", "changed", "deleted", "untouched")
     copy(root, folder)
-    for name in ("changed", "deleted"): (folder / name).write_text("my notes")
+    for name in ("changed", "deleted"):
+        (folder / name).write_text("my notes")
     publish("version 2", "deleted") # goes beside
     copy(root, folder)
-    for name in ("back", "deleted"): (folder / name).unlink()
+    for name in ("back", "deleted"):
+        (folder / name).unlink()
     publish("version 3", "added", "changed", "untouched")
 
 def test_a_killed_lab_is_made_good_by_the_next(tmp_path):
@@ -423,7 +440,8 @@ def test_a_killed_lab_is_made_good_by_the_next(tmp_path):
         status = copy_and_be_killed(root, folder, when, count)
         assert (folder / "changed").read_text() == "my notes"
         assert {text for name, text in no_list(folder).items() if not name.endswith(".partial")} <= {"my notes", "version 1", "version 2", "version 3"}
-        if status: copy(root, folder)
+        if status:
+            copy(root, folder)
         return status, contents(folder)
     status, whole = run("after", 0) # never
     assert status == 0 and {name: text for name, text in whole.items() if name != cli.LIST} == {
@@ -431,7 +449,8 @@ def test_a_killed_lab_is_made_good_by_the_next(tmp_path):
     for step in range(1, 11): # five files written and one taken away, and the list after each of the four that are new to it
         assert run("after", step) == (-signal.SIGKILL, whole), step
     assert run("after", 11) == (0, whole)
-    for step in (1, 2, 4): assert run("in", step) == (-signal.SIGKILL, whole), step # a file, the list, a file beside another
+    for step in (1, 2, 4):
+        assert run("in", step) == (-signal.SIGKILL, whole), step # a file, the list, a file beside another
 
 def test_lab_writes_nothing_through_links(repository, tmp_path):
     root, _ = repository
@@ -439,7 +458,8 @@ def test_lab_writes_nothing_through_links(repository, tmp_path):
     outside.mkdir()
     course.mkdir()
     (outside / "a.ipynb").write_text("outside")
-    for link in (LESSON, f".{LESSON}.partial", cli.LIST, f".{cli.LIST}.partial"): (course / link).symlink_to(outside / "a.ipynb")
+    for link in (LESSON, f".{LESSON}.partial", cli.LIST, f".{cli.LIST}.partial"):
+        (course / link).symlink_to(outside / "a.ipynb")
     (course / "exercises").mkdir()
     (course / "exercises" / "q.ipynb").symlink_to(outside / "nowhere")
     status, out, err = call("lab", "course")
@@ -489,7 +509,8 @@ def test_lab_leaves_a_folder_where_a_file_should_be(repository, tmp_path):
 def test_lab_finds_the_course_inside_an_installed_package(repository, tmp_path):
     root, _ = repository
     (root / "sftlab" / "course").mkdir()
-    for name in ("nbs", "exercises"): (root / name).rename(root / "sftlab" / "course" / name)
+    for name in ("nbs", "exercises"):
+        (root / name).rename(root / "sftlab" / "course" / name)
     call("lab", "course")
     assert files(tmp_path / "course") == {LESSON, PICTURE, "reference/cli.ipynb", "exercises/q.ipynb", cli.LIST}
 

@@ -5,10 +5,11 @@ import sys
 
 import pytest
 
-from sftlab import cli, microworld
+from sftlab import cli
+from sftlab.tiny import world
 from sftlab.data import read_rows
 
-GOOD = [dict(instruction=f"Say {word} twice.", input="", output=f"{word} {word}") for word in microworld.NAMES]
+GOOD = [dict(instruction=f"Say {word} twice.", input="", output=f"{word} {word}") for word in world.NAMES]
 
 
 @pytest.fixture

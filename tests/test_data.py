@@ -21,7 +21,8 @@ containers = st.sampled_from([".json", ".jsonl", ".jsonl.gz"])
 
 def talk(pairs, system=None, last=None):
     messages = [dict(role="system", content=system)] if system else []
-    for question, answer in pairs: messages += [dict(role="user", content=question), dict(role="assistant", content=answer)]
+    for question, answer in pairs:
+        messages += [dict(role="user", content=question), dict(role="assistant", content=answer)]
     return messages + ([dict(role="user", content=last)] if last else [])
 
 
@@ -35,7 +36,8 @@ def conversations(draw, tools=True):
     if tools and draw(st.booleans()):
         call = dict(role="assistant", tool_calls=[dict(type="function", function=draw(calls))]) | draw(st.sampled_from([{}, {"content": ""}]))
         turns[-1:-1] = [call, dict(role="tool", content=draw(texts), name="weather")]
-    if draw(st.booleans()): turns.append(dict(role="user", content=draw(texts)))
+    if draw(st.booleans()):
+        turns.append(dict(role="user", content=draw(texts)))
     return turns
 
 
@@ -113,7 +115,8 @@ def test_a_dataset_holds_what_the_rows_hold(rows):
 def test_a_dataset_of_plain_turns_has_plain_types():
     dataset = to_dataset([dict(messages=talk([("a", "b")]), tags=["x"], n=1), dict(messages=talk([("c", "d")]), tags=[1, "y"], n=None)])
     assert str(dataset.features["messages"]).startswith("List({") and dataset["tags"][1] == [1, "y"] and dataset["n"][1] is None
-    with pytest.raises(DataError, match="'id' holds values of several types .int, str."): to_dataset([dict(messages=talk([("a", "b")]), id=i) for i in (1, "1")])
+    with pytest.raises(DataError, match="'id' holds values of several types .int, str."):
+        to_dataset([dict(messages=talk([("a", "b")]), id=i) for i in (1, "1")])
 
 
 ANY = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(
@@ -123,9 +126,12 @@ ANY = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda
 @given(st.one_of(st.binary(), st.text().map(str.encode), ANY.map(json.dumps).map(str.encode), st.lists(ANY.map(json.dumps)).map("\n".join).map(str.encode), st.binary().map(lambda b: b"PAR1" + b), st.binary().map(lambda b: b"\x1f\x8b" + b)))
 def test_any_file_is_read_or_refused(there, content):
     there.write_bytes(content)
-    try: rows = [r.row for r in scan(there) if r.row]
-    except DataError as e: assert str(e).startswith(str(there))
-    else: assert all({m["role"] for m in r["messages"]} >= {"assistant"} for r in rows)
+    try:
+        rows = [r.row for r in scan(there) if r.row]
+    except DataError as e:
+        assert str(e).startswith(str(there))
+    else:
+        assert all({m["role"] for m in r["messages"]} >= {"assistant"} for r in rows)
 
 
 GOOD = '{"instruction": "Name a fruit.", "input": "", "output": "Apple"}'
@@ -226,10 +232,12 @@ REFUSED = {  # content of the file -> what the message must say
 def test_refused_with_the_reason(tmp_path, content):
     path = tmp_path / "file.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(DataError) as e: read_rows(path)
+    with pytest.raises(DataError) as e:
+        read_rows(path)
     said = str(e.value)
     assert said.startswith(f"{path}: ") and "\n" not in said
-    for part in REFUSED[content]: assert part in said, said
+    for part in REFUSED[content]:
+        assert part in said, said
 
 
 @pytest.mark.parametrize("text", ["a < b and b > c", "[1] says so", "x|y", "<b>bold</b>", "<|", "f(<x>)", "line\nline\ttab\r\n", "naïve 🦙 e\u0301", "A\u2028B", "<S>"])
@@ -240,7 +248,8 @@ def test_ordinary_text_is_not_refused(tmp_path, text):
 
 @pytest.mark.parametrize("path, why", [("nothing_here.json", "No such file"), ("data/nothing.jsonl", "No such file"), ("a\0b", "cannot be read"), ("nobody/nothing", "is no file here, and cannot be loaded as a data set")])
 def test_no_such_file(path, why):
-    with pytest.raises(DataError, match=why): read_rows(path)
+    with pytest.raises(DataError, match=why):
+        read_rows(path)
 
 
 def test_a_folder_is_loaded_as_a_data_set(tmp_path):
@@ -252,7 +261,8 @@ def test_a_folder_is_loaded_as_a_data_set(tmp_path):
 def test_the_first_problems_are_named_together(tmp_path):
     path = tmp_path / "file.jsonl"
     path.write_text("\n".join([GOOD] + [f'{{"instruction": "Hi {i}", "output": ""}}' for i in range(4)] + [OTHER]))
-    with pytest.raises(DataError) as e: read_rows(path, show=2)
+    with pytest.raises(DataError) as e:
+        read_rows(path, show=2)
     lines = str(e.value).split("\n")
     assert lines[0].endswith("4 of 6 rows cannot be used") and len(lines) == 5
     assert lines[1].startswith("  line 2: ") and lines[2].startswith("  line 3: ") and lines[3] == "  and 2 more: `sftlab data check` shows all" and "quarantine" in lines[4]
@@ -318,19 +328,23 @@ def test_kept_and_rejected_are_all_rows(tmp_path_factory, lines):
     rejected = [json.loads(line) for line in beside.read_text().splitlines()] if beside.exists() else []
     assert len(kept) + len(rejected) == 1 + len(lines) and all(r["problems"] for r in rejected)
     places = [int(r["place"].split()[1]) for r in rejected]
-    for place, r in zip(places, rejected): assert r["source"] == (json.loads(lines[place - 2]) if isinstance(r["source"], (dict, list)) else lines[place - 2])
+    for place, r in zip(places, rejected):
+        assert r["source"] == (json.loads(lines[place - 2]) if isinstance(r["source"], (dict, list)) else lines[place - 2])
     assert read_rows(path, on_error="quarantine") == kept  # a second time: the same file beside it
     if rejected:
-        with pytest.raises(DataError): read_rows(path)
+        with pytest.raises(DataError):
+            read_rows(path)
 
 
 def test_the_file_of_rejected_rows_is_not_written_over(tmp_path):
     path = tmp_path / "f.jsonl"
     path.write_text(GOOD + "\n{}")
     rejected_path(path).write_text("what I mended by hand")
-    with pytest.raises(DataError, match="is there already"): read_rows(path, on_error="quarantine")
+    with pytest.raises(DataError, match="is there already"):
+        read_rows(path, on_error="quarantine")
     assert rejected_path(path).read_text() == "what I mended by hand"
-    with pytest.raises(DataError, match="must be 'raise' or 'quarantine'"): read_rows(path, on_error="ignore")
+    with pytest.raises(DataError, match="must be 'raise' or 'quarantine'"):
+        read_rows(path, on_error="ignore")
 
 
 def test_fields_that_some_rows_lack_are_kept(tmp_path):
@@ -344,41 +358,55 @@ def test_fields_that_some_rows_lack_are_kept(tmp_path):
 
 @pytest.mark.parametrize("row, format", [(dict(messages=talk([("a", "b")]), output="mine"), "alpaca"), (dict(messages=talk([("a", "b")]), completion="mine"), "prompt"), (dict(messages=talk([("a", "b")], system="x"), system="y"), "alpaca")])
 def test_a_field_of_the_rows_own_is_not_written_over(row, format):
-    with pytest.raises(DataError, match="of its own"): from_messages(row, format)
+    with pytest.raises(DataError, match="of its own"):
+        from_messages(row, format)
 
 
 def test_a_turns_own_fields_do_not_change_what_is_said():
     for extra in (dict(value="evil"), {"from": "alice"}, {"from": "human"}, {"from": "field"}):
-        with pytest.raises(DataError, match="'value', or a field 'from'"): from_messages(dict(messages=[turn("user"), turn("assistant") | extra]), "sharegpt")
+        with pytest.raises(DataError, match="'value', or a field 'from'"):
+            from_messages(dict(messages=[turn("user"), turn("assistant") | extra]), "sharegpt")
     for given in ("other", 7, ["x"]):
-        with pytest.raises(DataError, match="not the end of the question"): from_messages(dict(messages=talk([("a", "b")]), input=given), "alpaca")
+        with pytest.raises(DataError, match="not the end of the question"):
+            from_messages(dict(messages=talk([("a", "b")]), input=given), "alpaca")
     for turns in ([turn("system") | dict(weight=1), turn("user"), turn("assistant")], [turn("user"), turn("assistant") | {"from": "function_call"}]):
-        with pytest.raises(DataError, match="nothing else"): from_messages(dict(messages=turns), "alpaca")
+        with pytest.raises(DataError, match="nothing else"):
+            from_messages(dict(messages=turns), "alpaca")
 
 
 @pytest.mark.parametrize("convert", [to_messages, from_messages])
 def test_a_format_that_there_is_not(convert):
-    with pytest.raises(DataError, match="there is no format 'chatml': choose one of alpaca"): convert(dict(messages=talk([("a", "b")])), "chatml")
+    with pytest.raises(DataError, match="there is no format 'chatml': choose one of alpaca"):
+        convert(dict(messages=talk([("a", "b")])), "chatml")
 
 
 def test_writing(tmp_path):
     rows = [dict(messages=talk([("a", "b")])), dict(messages=talk([("c", "d")], last="e"))]
     for words in (["f.txt", "messages", "names no container"], ["f.json", "chatml", "there is no format"], ["f.jsonl", "alpaca", "row 2 cannot be written as alpaca"], ["f.jsonl", "prompt", "row 2 cannot be written as prompt"]):
-        with pytest.raises(DataError, match=words[2]): write_rows(rows, tmp_path / words[0], words[1])
+        with pytest.raises(DataError, match=words[2]):
+            write_rows(rows, tmp_path / words[0], words[1])
     assert list(tmp_path.iterdir()) == []
     write_rows(rows, tmp_path / "f.jsonl")
-    with pytest.raises(DataError, match="is there already"): write_rows(rows[:1], tmp_path / "f.jsonl")
+    with pytest.raises(DataError, match="is there already"):
+        write_rows(rows[:1], tmp_path / "f.jsonl")
     assert read_rows(tmp_path / "f.jsonl") == rows
-    with pytest.raises(DataError, match="cannot hold field 'tools', a list"): write_rows([rows[0] | dict(tools=[{}])], tmp_path / "f.csv")
-    with pytest.raises(DataError, match="a null stands inside"): write_rows([rows[0] | dict(tags=[{"a": None}])], tmp_path / "f.parquet")
-    with pytest.raises(DataError, match="JSON has no form for"): write_rows([rows[0] | dict(tags={1, 2})], tmp_path / "g.jsonl")
+    with pytest.raises(DataError, match="cannot hold field 'tools', a list"):
+        write_rows([rows[0] | dict(tools=[{}])], tmp_path / "f.csv")
+    with pytest.raises(DataError, match="a null stands inside"):
+        write_rows([rows[0] | dict(tags=[{"a": None}])], tmp_path / "f.parquet")
+    with pytest.raises(DataError, match="JSON has no form for"):
+        write_rows([rows[0] | dict(tags={1, 2})], tmp_path / "g.jsonl")
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="is there already"): write_rows(rows, tmp_path / "link.jsonl")
+    with pytest.raises(DataError, match="is there already"):
+        write_rows(rows, tmp_path / "link.jsonl")
     (tmp_path / "link.jsonl").unlink()
-    with pytest.raises(DataError, match="a table wants the same"): write_rows([rows[0], rows[1] | dict(id=1)], tmp_path / "f.csv")
-    with pytest.raises(DataError, match="write JSONL"): write_rows([r | dict(id=i) for r, i in zip(rows, (1, "x"))], tmp_path / "f.parquet")
+    with pytest.raises(DataError, match="a table wants the same"):
+        write_rows([rows[0], rows[1] | dict(id=1)], tmp_path / "f.csv")
+    with pytest.raises(DataError, match="write JSONL"):
+        write_rows([r | dict(id=i) for r, i in zip(rows, (1, "x"))], tmp_path / "f.parquet")
     for name in ("no/such/g.json", "no/such/g.parquet", "f.jsonl/g.json", "f.jsonl/g.parquet"):
-        with pytest.raises(DataError, match="cannot be written"): write_rows(rows, tmp_path / name)
+        with pytest.raises(DataError, match="cannot be written"):
+            write_rows(rows, tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == ["f.jsonl"]
 
 
@@ -389,7 +417,8 @@ def rows_of(words): return [dict(messages=talk([(f"Say {w}.", w)]), author=w[0])
 def test_a_split_keeps_all_rows_and_tears_no_twins(numbers, seed):
     rows = rows_of([f"{n} {n + 1} {n * n} {n * 7}" for n in numbers])
     if len(set(numbers)) < 3:
-        with pytest.raises(DataError, match="groups of rows that differ"): split_rows(rows, seed=seed)
+        with pytest.raises(DataError, match="groups of rows that differ"):
+            split_rows(rows, seed=seed)
         return
     parts = split_rows(rows, seed=seed)
     key = lambda r: r["messages"][1]["content"]
@@ -407,9 +436,11 @@ def test_a_split_takes_the_shares_asked_for_heeds_the_seed_and_the_groups():
     assert split_rows(rows, {"train": 0.85, "test": 0.15}, seed=1)["test"] != parts["test"]
     by = split_rows(rows, {"train": 0.7, "test": 0.3}, by="author")
     assert not {r["author"] for r in by["train"]} & {r["author"] for r in by["test"]} and 60 <= len(by["test"]) <= 180
-    with pytest.raises(DataError, match="row 1 has no field 'who'"): split_rows(rows, by="who")
+    with pytest.raises(DataError, match="row 1 has no field 'who'"):
+        split_rows(rows, by="who")
     for bad in ({}, {"train": 0.5, "test": 0}, {"train": 1.5, "test": -0.5}):
-        with pytest.raises(DataError, match="must be numbers above 0"): split_rows(rows, bad)
+        with pytest.raises(DataError, match="must be numbers above 0"):
+            split_rows(rows, bad)
     assert {n: len(p) for n, p in split_rows(rows, {"train": 80, "test": 20}).items()} == {"train": 320, "test": 80}
     pairs = rows_of([f"{w} {i}" for i in range(100) for w in ("one two three four five six seven eight nine ten", "One two three four five six seven eight nine TEN")] + [f"{i} {i * i} {i + 7} and so on" for i in range(1000, 1200)])
     test = split_rows(pairs, {"train": 0.8, "test": 0.2})["test"]
@@ -425,7 +456,8 @@ def test_near_duplicates_are_all_close_pairs_and_what_they_link(texts):
     alike = lambda i, j: len(sets[i] & sets[j]) >= 0.8 * len(sets[i] | sets[j])
     reach = {i: {i} for i in range(len(texts))}
     for _ in texts:
-        for i in reach: reach[i] |= {j for k in list(reach[i]) for j in range(len(texts)) if alike(k, j)}
+        for i in reach:
+            reach[i] |= {j for k in list(reach[i]) for j in range(len(texts)) if alike(k, j)}
     for i in reach:
         assert {j for j in range(len(texts)) if group[j] == group[i]} <= reach[i]
         assert all(group[j] == group[i] for j in reach[i] if sets[i] == sets[j])
@@ -449,26 +481,33 @@ def test_a_shared_beginning_does_not_make_it_slow():
     assert time.process_time() - start < 10
 
 @pytest.mark.parametrize("one, two, same", [("The cat sat on the mat!", "the CAT sat on the mat", True), ("今天天气很好，我们去公园。", "今天天气很好我们去公园", True), ("The cat sat on the mat", "The dog sat on the mat", False), ("yes", "no", False), ("😀", "🙏", False), ("café", "cafe\u0301", True), ("की", "का", False), ("1 + 2", "1 + 3", False)])
-def test_what_counts_as_nearly_the_same(one, two, same): assert (len(set(near_duplicates([one, two]))) == 1) == same
+def test_what_counts_as_nearly_the_same(one, two, same):
+    assert (len(set(near_duplicates([one, two]))) == 1) == same
 
 
 @given(st.text(), st.text())
 def test_instructions_carry_every_character_of_the_data(text, label):
     questions, answer = TEMPLATES["classification"]
-    try: row, = as_instructions([dict(text=text, label=label)], questions, answer, labels="good, bad")
-    except DataError: return  # empty, or no text
+    try:
+        row, = as_instructions([dict(text=text, label=label)], questions, answer, labels="good, bad")
+    except DataError:
+        return  # empty, or no text
     assert text in row["messages"][0]["content"] and row["messages"][1]["content"] == label
 
 
 def test_instructions_name_what_is_missing():
-    with pytest.raises(DataError, match="row 2: nothing for the slot 'label'"): as_instructions([dict(text="a", label="b"), dict(text="a")], *TEMPLATES["classification"], labels="b")
+    with pytest.raises(DataError, match="row 2: nothing for the slot 'label'"):
+        as_instructions([dict(text="a", label="b"), dict(text="a")], *TEMPLATES["classification"], labels="b")
     for nothing in (None, " ", float("nan")):
-        with pytest.raises(DataError, match="row 1: nothing for the slot 'label'"): as_instructions([dict(text="a", label=nothing)], *TEMPLATES["classification"], labels="b")
+        with pytest.raises(DataError, match="row 1: nothing for the slot 'label'"):
+            as_instructions([dict(text="a", label=nothing)], *TEMPLATES["classification"], labels="b")
     assert as_instructions([dict(t="a", s="b")], "Say {t}.", "{s}")[0]["messages"][0]["content"] == "Say a."  # one phrasing, not a list
     for template in ("Say {t", "Say {}", "Say {t!x}", "Say {t:d}"):
         with pytest.raises(DataError, match="for braces that are no slot"): as_instructions([dict(t="a", s="b")], template, "{s}")
-    with pytest.raises(DataError, match="row 1: field 'completion' has the control character"): as_instructions([dict(t="a", s="\x07")], "{t}", "{s}")
-    with pytest.raises(DataError, match="nothing for the slot 'language'"): as_instructions([dict(source="a", target="b")], *TEMPLATES["translation"])
+    with pytest.raises(DataError, match="row 1: field 'completion' has the control character"):
+        as_instructions([dict(t="a", s="\x07")], "{t}", "{s}")
+    with pytest.raises(DataError, match="nothing for the slot 'language'"):
+        as_instructions([dict(source="a", target="b")], *TEMPLATES["translation"])
     many = as_instructions([dict(text=f"a {{x}} {i}", summary="b") for i in range(60)], *TEMPLATES["summary"])
     assert len({m["messages"][0]["content"].replace(f"a {{x}} {i}", "") for i, m in enumerate(many)}) == 3  # each phrasing is drawn
 
@@ -480,7 +519,7 @@ def test_a_profile_counts_what_is_there():
 
 def test_reading_imports_no_heavy_library(tmp_path):
     (tmp_path / "f").write_text(GOOD)
-    code = "import sys, sftlab.data as d; d.write_rows(d.kept_rows(sys.argv[1]), sys.argv[1] + '.csv'); print(sorted({'torch', 'trl', 'transformers', 'datasets', 'numpy', 'pandas'} & set(sys.modules)))"
+    code = "import sys, sftlab.data as d; d.write_rows(d.iter_valid_rows(sys.argv[1]), sys.argv[1] + '.csv'); print(sorted({'torch', 'trl', 'transformers', 'datasets', 'numpy', 'pandas'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "f"], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
@@ -489,7 +528,7 @@ MEMORY = """
 import resource, sys
 from sftlab import data
 n = sum(1 for record in data.scan(sys.argv[1]))
-data.write_rows(data.kept_rows(sys.argv[1]), sys.argv[1] + ".out.jsonl", "sharegpt")
+data.write_rows(data.iter_valid_rows(sys.argv[1]), sys.argv[1] + ".out.jsonl", "sharegpt")
 print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 """
 
@@ -531,4 +570,5 @@ def test_real_file(real_data, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["c4_demo.jsonl", "gsm8k_test.jsonl", "HumanEval.jsonl.gz"])
 def test_real_file_of_another_kind(real_data, name):
-    with pytest.raises(DataError, match="accepted are|field 'completion' is missing"): read_rows(real_data / name)
+    with pytest.raises(DataError, match="accepted are|field 'completion' is missing"):
+        read_rows(real_data / name)

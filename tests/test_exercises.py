@@ -6,7 +6,7 @@ import nbformat, pytest, torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sftlab import cli
-from sftlab import exercises as ex
+from sftlab.study import exercises as ex
 from test_notebooks import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,22 +14,27 @@ MASTERS = sorted(ROOT.glob("exercises/solutions/*.ipynb"))
 NAMES = [path.name for path in MASTERS]
 LEARNERS = [ROOT / "exercises" / name for name in NAMES]
 
-def sources(path, kind="code"): return ["".join(c["source"]) for c in json.loads(path.read_text("utf-8"))["cells"] if c["cell_type"] == kind]
+def sources(path, kind="code"):
+    return ["".join(c["source"]) for c in json.loads(path.read_text("utf-8"))["cells"] if c["cell_type"] == kind]
 
 def questions_with_wrong_answers(master):
     "The questions of a master with all their wrong answers, which are entered, and not tried at once as in the notebook."
     scope, kept = {"__name__": master.stem}, ex.Question.wrong
     def enter(question, name):
-        def wrong(function): question.answers.append((name, function)); return question.solve
+        def wrong(function):
+            question.answers.append((name, function))
+            return question.solve
         return wrong
     ex.Question.wrong = enter
     try:
         for i, source in enumerate(sources(master)):
-            if source.startswith("#| default_exp") or "load(" in source: continue # nothing to ask there; the model
+            if source.startswith("#| default_exp") or "load(" in source:
+                continue # nothing to ask there; the model
             name = f"<{master.stem} cell {i}>"
             linecache.cache[name] = (len(source), None, source.splitlines(True), name)
             exec(compile(source, name, "exec"), scope)
-    finally: ex.Question.wrong = kept
+    finally:
+        ex.Question.wrong = kept
     return {name: q for name, q in scope.items() if isinstance(q, ex.Question)}
 
 ASKED = {(master.stem, name): q for master in MASTERS for name, q in questions_with_wrong_answers(master).items()}
@@ -76,7 +81,8 @@ def test_without_its_mistakes_a_check_names_none(q, monkeypatch):
 
 @each_question
 def test_the_solution_is_right_on_many_inputs(q):
-    for seed in range(20): assert ex.judge(q, q.solve, seed).name == "right"
+    for seed in range(20):
+        assert ex.judge(q, q.solve, seed).name == "right"
 
 @each_question
 def test_inputs_are_fixed_by_the_seed_and_new_without(q):
@@ -120,9 +126,11 @@ def test_a_changed_master_would_be_noticed(tmp_path):
     (tmp_path / NAMES[0]).write_text(text.replace("Logits become", "Logits  become", 1), "utf-8")
     assert ex.notebook_text(ex.notebook_from(tmp_path / NAMES[0])) != LEARNERS[0].read_text("utf-8")
 
-def test_every_learners_notebook_has_a_master(): assert sorted(path.name for path in ROOT.glob("exercises/*.ipynb")) == NAMES
+def test_every_learners_notebook_has_a_master():
+    assert sorted(path.name for path in ROOT.glob("exercises/*.ipynb")) == NAMES
 
-def telling(line): return len(re.findall(r"\w", line)) > 12 and not line.strip().startswith(("import", "#", "return messages"))
+def telling(line):
+    return len(re.findall(r"\w", line)) > 12 and not line.strip().startswith(("import", "#", "return messages"))
 
 @pytest.mark.parametrize("name", NAMES)
 def test_learners_notebooks_hold_no_solution(name):
@@ -137,20 +145,22 @@ def test_learners_notebooks_hold_no_solution(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_headings_name_the_questions(name):
-    questions = ex.questions_of(import_module("sftlab.checks." + name.split("_", 1)[1].removesuffix(".ipynb")))
+    questions = ex.questions_of(import_module("sftlab.study.checks." + name.split("_", 1)[1].removesuffix(".ipynb")))
     headings = [source.splitlines()[0] for source in sources(ROOT / "exercises/solutions" / name, "markdown") if source.startswith("## q")]
     assert headings == [f"## {q}: {task.title}" for q, task in questions.items()]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_stubs_are_not_attempted(name, folder, capsys):
     for source in sources(ROOT / "exercises" / name):
-        if "NotImplementedError\n" not in source + "\n" or not source.startswith("def "): continue
+        if "NotImplementedError\n" not in source + "\n" or not source.startswith("def "):
+            continue
         scope = {}
         exec(source, scope)
         q = next(q for q in ASKED.values() if q.name in scope)
         q.check(scope[q.name])
         assert capsys.readouterr().out.startswith(f"○ {q.title} · not attempted yet")
-        with pytest.raises(ex.NotYet, match="not attempted"): q.grade(scope[q.name])
+        with pytest.raises(ex.NotYet, match="not attempted"):
+            q.grade(scope[q.name])
     assert not (folder / ex.PROGRESS).exists()
 
 def solved(path):
@@ -159,8 +169,10 @@ def solved(path):
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         q = next((q for q in ASKED.values() if source.startswith(f"def {q.name}(")), None)
-        if q: cell["source"] = ex.without_marks(inspect.getsource(q.solve))
-        if source.endswith(".mark()"): cell["source"] = source.replace("()", "(3)")
+        if q:
+            cell["source"] = ex.without_marks(inspect.getsource(q.solve))
+        if source.endswith(".mark()"):
+            cell["source"] = source.replace("()", "(3)")
     return notebook
 
 @pytest.mark.parametrize("name", NAMES)
@@ -189,8 +201,10 @@ def ask(q, function, folder):
     "What the check says."
     out = io.StringIO()
     try:
-        with contextlib.redirect_stdout(out): q.check(function)
-    except ex.NotYet as e: return str(e)
+        with contextlib.redirect_stdout(out):
+            q.check(function)
+    except ex.NotYet as e:
+        return str(e)
     return out.getvalue().strip()
 
 def double():
@@ -223,7 +237,9 @@ def test_two_mistakes_at_once_are_both_named():
     assert (verdict.name, verdict.text) == ("squares", "that is the square. And: an empty list is a list, too.")
 
 def test_printing_is_left_out_and_said(folder):
-    def chatty(values): print("hello\nworld"); return [2 * v for v in values]
+    def chatty(values):
+        print("hello\nworld")
+        return [2 * v for v in values]
     assert ask(double(), chatty, folder).endswith("(What it prints is left out here: 22 lines.)") and "hello" not in ask(double(), chatty, folder)
 
 def test_changing_the_input_is_told(folder):
@@ -247,7 +263,7 @@ def test_an_interrupt_reaches_the_learner(folder):
     "Ctrl-C during a check ends the learner's code, too."
     program = """
 import os, signal, threading
-from sftlab import exercises as ex
+from sftlab.study import exercises as ex
 def slow(values):
     while True: pass
 q = ex.Question("trial.slow", "Slow", slow, example=lambda: ([1],), seconds=60)
@@ -268,12 +284,14 @@ def test_a_learners_error_is_theirs(body, said, folder):
     exec(compile(source, "<ipython-input-7-abc>", "exec"), scope)
     text = ask(double(), scope["twice"], folder)
     assert f"your code stopped with {said}" in text and "sftlab" not in text and ".py" not in text
-    if "line" in said: assert body.strip() in text or "helper" in text
+    if "line" in said:
+        assert body.strip() in text or "helper" in text
 
 @pytest.mark.parametrize("answer, said", [(3, "the check wants your function, and found a whole number: write check(twice)"), ("twice", "found a text"), (lambda: 1, "must take (values), and cannot be called so"), (lambda a, b: a, "missing a required argument"),
                                           (lambda values: None, "your function returns nothing (None). Is a `return` missing?"), (lambda values: torch.tensor([2 * v for v in values]), "the values are right, but the result is a tensor where a list is wanted"),
                                           (lambda values: 2, "the result is a whole number where a list is wanted")])
-def test_kind_words_for_other_slips(answer, said, folder): assert said in ask(double(), answer, folder)
+def test_kind_words_for_other_slips(answer, said, folder):
+    assert said in ask(double(), answer, folder)
 
 @pytest.mark.parametrize("form, said", [(lambda t: t.numpy(), "the values are right, but the result is a NumPy array where a tensor is wanted"), (lambda t: t.double(), "the values are right, but the result holds float64 where float32 is wanted"),
                                         (lambda t: t[None], "the values are right, but the result has the shape (1, 2) where (2,) is wanted"), (lambda t: t.tolist(), "the values are right, but the result is a list where a tensor is wanted")])
@@ -286,13 +304,14 @@ def test_right_values_in_another_form(form, said, folder):
 
 def test_hints_come_one_by_one(capsys):
     q = double()
-    for _ in range(3): q.hint()
+    for _ in range(3):
+        q.hint()
     assert capsys.readouterr().out.splitlines() == ["Hint 1 of 2: one", "Hint 2 of 2: two", "Hint 2 of 2: two"]
 
 def test_in_a_notebook_nothing_of_ours_is_shown(tmp_path):
     "The error output of a wrong answer, as Jupyter keeps it: one piece of text, no frames; a stub gives no error."
     path = tmp_path / "x.ipynb"
-    cells = ["from sftlab.checks.generation import q1", "def probabilities(logits, temperature): return logits.softmax(-1) / 0.5", "q1.check()", "q1.check(probabilities)"]
+    cells = ["from sftlab.study.checks.generation import q1", "def probabilities(logits, temperature): return logits.softmax(-1) / 0.5", "q1.check()", "q1.check(probabilities)"]
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells]), path)
     from nbclient import NotebookClient
     done = NotebookClient(nbformat.read(path, 4), timeout=120, allow_errors=True, resources={"metadata": {"path": tmp_path}}).execute()
@@ -308,7 +327,8 @@ VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | 
 def test_a_value_equals_its_copy(value): assert ex.difference(value, copy.deepcopy(value)) is None
 
 @given(VALUES, VALUES)
-def test_differences_are_seen_from_both_sides(a, b): assert bool(ex.difference(a, b)) == bool(ex.difference(b, a))
+def test_differences_are_seen_from_both_sides(a, b):
+    assert bool(ex.difference(a, b)) == bool(ex.difference(b, a))
 
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=6), st.integers(0, 5), st.floats(0.1, 1e3))
 def test_one_changed_element_is_seen(values, place, by):
@@ -319,7 +339,8 @@ def test_one_changed_element_is_seen(values, place, by):
 # progress
 
 def test_what_was_right_stays_right(folder):
-    for state in ("tried", "right", "tried", "shown"): ex.record("a.b", state)
+    for state in ("tried", "right", "tried", "shown"):
+        ex.record("a.b", state)
     ex.record("a.c", "shown")
     ex.record("a.c", "tried")
     assert ex.read_progress() == {"a.b": dict(state="right", tries=4), "a.c": dict(state="shown", tries=2)}
@@ -363,11 +384,12 @@ def test_progress_is_shown(folder):
     ex.record("data.too_good", "3 of 5 points")
     text, total = repr(ex.Progress()), sum(map(len, ex.all_questions().values()))
     assert text.splitlines()[0] == f"2 of {total} questions done"
-    for line in ("✓ Temperature", "… Top-p for a batch (★★☆, about 15 minutes): not right yet", "… Every line accounted for (★★☆, about 12 minutes): solution looked at", "✓ Too good (★★☆, about 10 minutes): 3 of 5 points", "○ Nearly the same"): assert line in text
+    for line in ("✓ Temperature", "… Top-p for a batch (★★☆, about 15 minutes): not right yet", "… Every line accounted for (★★☆, about 12 minutes): solution looked at", "✓ Too good (★★☆, about 10 minutes): 3 of 5 points", "○ Nearly the same"):
+        assert line in text
     assert "color:inherit" in ex.Progress()._repr_html_()
 
 def test_importing_the_checks_loads_nothing_heavy():
-    done = subprocess.run([sys.executable, "-c", "import sys; from sftlab.exercises import Progress; repr(Progress()); print('torch' in sys.modules, 'nbformat' in sys.modules)"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", "import sys; from sftlab.study.exercises import Progress; repr(Progress()); print('torch' in sys.modules, 'nbformat' in sys.modules)"], capture_output=True, text=True)
     assert done.stdout == "False False\n", done.stderr
 
 # nbgrader
@@ -386,7 +408,8 @@ def test_nbgrader_grades_a_blank_copy_0_and_the_solution_full(name, tmp_path, mo
     notebook = json.loads(released.read_text())
     for who in ("blank", "perfect"):
         if who == "perfect":
-            for cell in notebook["cells"]: cell["source"] = answers.get(cell["metadata"].get("nbgrader", {}).get("grade_id"), cell["source"])
+            for cell in notebook["cells"]:
+                cell["source"] = answers.get(cell["metadata"].get("nbgrader", {}).get("grade_id"), cell["source"])
         path = tmp_path / "submitted" / who / stem / name
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(notebook))

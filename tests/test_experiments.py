@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sftlab import experiments, microworld, pretraining
-from sftlab.experiments import EXPERIMENTS, Experiment, code_hash, code_of, run_experiment, stale
+from sftlab.study import experiments
+from sftlab.tiny import pretraining, world
+from sftlab.study.experiments import EXPERIMENTS, Experiment, code_hash, code_of, run_experiment, stale
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "nbs" / "experiments"
@@ -35,8 +36,8 @@ def test_a_change_far_down_makes_an_experiment_stale(monkeypatch):
     "What fine-tuning gives depends on how lists are drawn, on how outputs are compared, on the model's files."
     chosen = Experiment(pretraining.tuned_figures, [dict(rows=100)], files=("assets/tiny/config.json",))
     before = code_hash(chosen)
-    assert {"sftlab.microworld.make_list", "sftlab.generation.evaluate", "sftlab.finetune.finetune"} <= set(code_of(chosen.run))
-    monkeypatch.setattr(microworld, "NAMES", microworld.NAMES[::-1])
+    assert {"sftlab.tiny.world.make_list", "sftlab.generation.evaluate", "sftlab.finetune.finetune"} <= set(code_of(chosen.run))
+    monkeypatch.setattr(world, "NAMES", world.NAMES[::-1])
     assert code_hash(chosen) != before
     monkeypatch.undo()
     assert code_hash(chosen) == before
@@ -46,7 +47,7 @@ def test_a_change_far_down_makes_an_experiment_stale(monkeypatch):
 
 def test_what_is_not_used_does_not_count():
     used = code_of(pretraining.tuned_figures)
-    assert not any(name.startswith(("sftlab.microtexts", "sftlab.cli", "sftlab.experiments.stale", "sftlab.generation.side_by_side")) for name in used)
+    assert not any(name.startswith(("sftlab.tiny.texts", "sftlab.cli", "sftlab.study.experiments.stale", "sftlab.generation.side_by_side")) for name in used)
 
 
 @pytest.mark.parametrize("name", list(EXPERIMENTS))
@@ -58,7 +59,7 @@ def test_an_experiment_does_not_depend_on_the_others(name):
 CHILD = """
 import sys, time
 from pathlib import Path
-from sftlab import experiments
+from sftlab.study import experiments
 
 @experiments.experiment("00_trial", [dict(x=1), dict(x=2), dict(x=3)])
 def trial(x, seed):
@@ -75,7 +76,8 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_figures(tmp_path
     for _ in range(2):
         child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path), "0.1"], stderr=subprocess.DEVNULL)
         known = unfinished.read_text() if unfinished.exists() else ""
-        while child.poll() is None and (not unfinished.exists() or unfinished.read_text() == known): time.sleep(0.01)
+        while child.poll() is None and (not unfinished.exists() or unfinished.read_text() == known):
+            time.sleep(0.01)
         child.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL, "it ended before it could be killed"
         counts.append(len(json.loads(unfinished.read_text())["results"]))
@@ -93,4 +95,5 @@ def test_results_of_other_code_are_not_gone_on_with(tmp_path, monkeypatch):
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(SystemExit, match="there is no experiment 'nonsense': choose one of "): experiments.main("nonsense")
+    with pytest.raises(SystemExit, match="there is no experiment 'nonsense': choose one of "):
+        experiments.main("nonsense")

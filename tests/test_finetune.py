@@ -36,9 +36,11 @@ def test_an_unknown_template_learns_all_and_none_is_refused():
     (ids, labels), = encode(tokenizer, ROWS[:1])
     assert ids == labels and not training_template(tokenizer)[1]
     tokenizer.chat_template = "{{ raise_exception('system messages are not for me') }}"
-    with pytest.raises(FinetuneError, match="row 1: .*system messages are not for me"): encode(tokenizer, ROWS)
+    with pytest.raises(FinetuneError, match="row 1: .*system messages are not for me"):
+        encode(tokenizer, ROWS)
     tokenizer.chat_template = None
-    with pytest.raises(FinetuneError, match="has no chat template"): encode(tokenizer, ROWS)
+    with pytest.raises(FinetuneError, match="has no chat template"):
+        encode(tokenizer, ROWS)
 
 def by_hand(model, tokenizer, rows):
     "Sum of the losses that the library itself computes, a row at a time, and the tokens they are over."
@@ -46,13 +48,15 @@ def by_hand(model, tokenizer, rows):
     total = count = 0
     for ids, labels in encode(tokenizer, rows):
         n = sum(l != -100 for l in labels[1:])
-        with torch.no_grad(): total += n * model(torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()
+        with torch.no_grad():
+            total += n * model(torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()
         count += n
     return total / count
 
 def test_held_out_loss_is_weighted_by_tokens(tiny):
     want = by_hand(*tiny, ROWS)
-    for size in (1, 2, 3, 8, 100): assert math.isclose(held_out_nll(*tiny, ROWS, size), want, rel_tol=1e-5)
+    for size in (1, 2, 3, 8, 100):
+        assert math.isclose(held_out_nll(*tiny, ROWS, size), want, rel_tol=1e-5)
     assert math.isclose(held_out_nll(*tiny, ROWS[::-1]), want, rel_tol=1e-5)
     per_row = [by_hand(*tiny, [row]) for row in ROWS]
     assert not math.isclose(sum(per_row) / len(ROWS), want, rel_tol=1e-2) # the mistake would be seen
@@ -91,7 +95,8 @@ def test_lora_trains_an_adapter_that_plain_peft_loads(tmp_path):
         got = PeftModel.from_pretrained(fresh, out).eval()(ids).logits
     assert torch.equal(want, got) and not torch.allclose(want, plain, atol=0.1)
     assert Path(PeftModel.from_pretrained(load("tiny")[0], out).peft_config["default"].base_model_name_or_path).is_absolute()
-    with pytest.raises(FinetuneError, match="has an adapter already"): finetune(*load(str(out)), ROWS, tmp_path / "again", "lora")
+    with pytest.raises(FinetuneError, match="has an adapter already"):
+        finetune(*load(str(out)), ROWS, tmp_path / "again", "lora")
 
 def test_qlora_keeps_the_adapter_in_float32_and_the_weights_in_four_bits(tmp_path):
     import torch
@@ -116,13 +121,15 @@ def test_answering_in_between_leaves_the_gradients_of_qlora_as_they_are():
         model(input_ids=ids, labels=ids).loss.backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     before = gradients()
-    with torch.no_grad(): model.eval()(ids)
+    with torch.no_grad():
+        model.eval()(ids)
     after = gradients()
     assert all(torch.equal(g, after[n]) for n, g in before.items()) and any(g.abs().max() > 0 for g in before.values())
 
 def test_methods_and_bits_that_do_not_go_together(tmp_path):
     for method, four_bit, message in (("full", True, "use the method qlora"), ("qlora", False, r"load\(…, four_bit=True\)")):
-        with pytest.raises(FinetuneError, match=message): finetune(*load("tiny", four_bit=four_bit), ROWS, tmp_path / "out", method)
+        with pytest.raises(FinetuneError, match=message):
+            finetune(*load("tiny", four_bit=four_bit), ROWS, tmp_path / "out", method)
     assert not (tmp_path / "out").exists()
 
 def test_full_training_gives_a_model_that_stops_and_the_seed_decides(tmp_path):
@@ -154,7 +161,8 @@ def test_settings_for_large_models_train_too(tmp_path, monkeypatch, method, trai
 def test_broken_training_leaves_nothing(tmp_path):
     from transformers import TrainerCallback
     class Poison(TrainerCallback):
-        def on_train_end(self, args, state, control, model=None, **_): next(model.parameters()).data[0, 0] = float("nan")
+        def on_train_end(self, args, state, control, model=None, **_):
+            next(model.parameters()).data[0, 0] = float("nan")
     with pytest.raises(FinetuneError, match="learning rate below 0.0003"):
         finetune(*load("tiny"), ROWS[:2], tmp_path / "out", epochs=1, callbacks=[Poison()])
     assert list(tmp_path.iterdir()) == []
@@ -162,16 +170,21 @@ def test_broken_training_leaves_nothing(tmp_path):
 def test_a_folder_with_something_in_it_is_not_touched(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(FinetuneError, match="not an empty folder"): finetune(None, load("tiny")[1], ROWS, tmp_path / "out")
-    with pytest.raises(FinetuneError, match="not an empty folder"), whole_folder(tmp_path / "out" / "mine.txt"): pass
-    with pytest.raises(FinetuneError, match="cannot be made"), whole_folder(tmp_path / "out" / "mine.txt" / "deeper"): pass
+    with pytest.raises(FinetuneError, match="not an empty folder"):
+        finetune(None, load("tiny")[1], ROWS, tmp_path / "out")
+    with pytest.raises(FinetuneError, match="not an empty folder"), whole_folder(tmp_path / "out" / "mine.txt"):
+        pass
+    with pytest.raises(FinetuneError, match="cannot be made"), whole_folder(tmp_path / "out" / "mine.txt" / "deeper"):
+        pass
     assert [f.name for f in tmp_path.rglob("*")] == ["out", "mine.txt"] and (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 def test_a_folder_appears_whole(tmp_path, monkeypatch):
-    for name in ("a", "empty", "linked"): (tmp_path / name).mkdir()
+    for name in ("a", "empty", "linked"):
+        (tmp_path / name).mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "linked")
     monkeypatch.chdir(tmp_path / "a")
-    with pytest.raises(FinetuneError, match="the folder you are in"), whole_folder("."): pass
+    with pytest.raises(FinetuneError, match="the folder you are in"), whole_folder("."):
+        pass
     for out in (tmp_path / "deep" / "deeper", tmp_path / "empty", tmp_path / "link", Path("new")):
         target = out.resolve()
         with whole_folder(out) as partial:
@@ -184,7 +197,8 @@ def test_a_killed_process_leaves_no_folder_that_looks_finished(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "out"])
     assert done.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
     assert all(f.name.startswith(".") for f in tmp_path.iterdir())
-    with whole_folder(tmp_path / "out") as partial: (partial / "x").touch() # and the next run is not hindered
+    with whole_folder(tmp_path / "out") as partial:
+        (partial / "x").touch() # and the next run is not hindered
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["x"] # and nothing is left of the killed one
 
 def test_two_runs_do_not_write_one_folder(tmp_path):
@@ -192,7 +206,8 @@ def test_two_runs_do_not_write_one_folder(tmp_path):
     first = subprocess.Popen([sys.executable, "-c", code, tmp_path / "out"], stdout=subprocess.PIPE)
     assert first.stdout.readline() == b"in\n"
     before = os.listdir(tmp_path)
-    with pytest.raises(FinetuneError, match=f"another run .process {first.pid}. is writing it"), whole_folder(tmp_path / "out"): pass
+    with pytest.raises(FinetuneError, match=f"another run .process {first.pid}. is writing it"), whole_folder(tmp_path / "out"):
+        pass
     assert os.listdir(tmp_path) == before
     first.kill(), first.wait()
 

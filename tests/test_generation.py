@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from sftlab.generation import (complete, cut, evaluate, few_shot_prompt, generate_ids, greedy, interval, sampler, shape_logits, stop_token_ids, stream,
+from sftlab.generation import (complete, cut, evaluate, few_shot_prompt, generate_ids, greedy, interval, sampler, warp_logits, stop_token_ids, stream,
                                stream_ids)
-from sftlab.microworld import examples, test_set as items_of_test
+from sftlab.tiny.world import examples, test_set as items_of_test
 from sftlab.models import load
 
 
@@ -20,21 +20,22 @@ logits_of = st.lists(st.integers(-200, 200), min_size=2, max_size=40, unique=Tru
 
 @given(logits_of, st.floats(0.1, 3), st.integers(0, 50), st.floats(0.01, 1))
 def test_something_is_always_left_to_choose_and_the_likeliest_stays(logits, temperature, top_k, top_p):
-    shaped = shape_logits(logits, temperature, top_k, top_p)
+    shaped = warp_logits(logits, temperature, top_k, top_p)
     kept = ~shaped.isinf()
     assert kept[logits.argmax()]
     assert torch.equal(shaped[kept], (logits / temperature)[kept])
-    if top_k: assert kept.sum() <= top_k
+    if top_k:
+        assert kept.sum() <= top_k
 
 
 @given(logits_of, st.floats(0.2, 3), st.integers(1, 50), st.floats(0.05, 0.99))
 def test_shaped_logits_are_the_librarys(logits, temperature, top_k, top_p):
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
     theirs = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)])(None, logits[None])[0]
-    ours = shape_logits(logits, temperature, top_k, top_p)
+    ours = warp_logits(logits, temperature, top_k, top_p)
     differ = ours.isinf() != theirs.isinf()
     # They sum probabilities upwards, we downwards: a token whose sum meets top_p to within float32's rounding may fall on either side.
-    p, order = shape_logits(logits, temperature, top_k).softmax(-1).sort(descending=True)
+    p, order = warp_logits(logits, temperature, top_k).softmax(-1).sort(descending=True)
     edge = torch.zeros_like(p).scatter(0, order, (p.cumsum(-1) - p - top_p).abs())
     assert (edge[differ] < 1e-6).all()
     assert torch.equal(ours[~differ], theirs[~differ])
@@ -42,8 +43,8 @@ def test_shaped_logits_are_the_librarys(logits, temperature, top_k, top_p):
 
 def test_top_p_keeps_the_token_that_crosses_the_line():
     probabilities = torch.tensor([0.5, 0.3, 0.2])
-    assert (~shape_logits(probabilities.log(), top_p=0.6).isinf()).tolist() == [True, True, False]
-    assert (~shape_logits(probabilities.log(), top_p=0.4).isinf()).tolist() == [True, False, False]
+    assert (~warp_logits(probabilities.log(), top_p=0.6).isinf()).tolist() == [True, True, False]
+    assert (~warp_logits(probabilities.log(), top_p=0.4).isinf()).tolist() == [True, False, False]
 
 
 def test_temperature_zero_is_greedy_and_seeds_decide_the_rest():
@@ -84,8 +85,10 @@ def test_stream_shows_only_whole_characters_and_all_of_them(tiny):
     import sftlab.generation as generation
     original = generation.sampler
     generation.sampler = lambda *_: lambda logits: next(script)
-    try: pieces = list(stream(model, tokenizer, [5], max_new_tokens=len(ids) + len(tokenizer(" 秘鲁")["input_ids"]), stop_ids=()))
-    finally: generation.sampler = original
+    try:
+        pieces = list(stream(model, tokenizer, [5], max_new_tokens=len(ids) + len(tokenizer(" 秘鲁")["input_ids"]), stop_ids=()))
+    finally:
+        generation.sampler = original
     assert "".join(pieces) == "😀 秘鲁" and not any("\N{REPLACEMENT CHARACTER}" in p for p in pieces)
 
 

@@ -85,7 +85,8 @@ def brought_by(*kinds):
     found, todo = set(), [r for kind in kinds for r in settings()[kind].split()]
     while todo:
         r = Requirement(todo.pop())
-        if (name := canonicalize_name(r.name)) in found or (r.marker and not any(r.marker.evaluate({"extra": extra}) for extra in {"", *r.extras})): continue
+        if (name := canonicalize_name(r.name)) in found or (r.marker and not any(r.marker.evaluate({"extra": extra}) for extra in {"", *r.extras})):
+            continue
         found.add(name)
         todo += metadata.requires(name) or []
     return found

@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from sftlab import lora
 from sftlab.lora import (LoRAError, LoRALinear, adapter_config, adapter_tensors, adapters, check_applied, inject, load_adapter, merge, read_adapter, remove, save_adapter, targets_of, token_rows,
                          train_tokens, trainable, unmerge, without_adapter)
-from sftlab.training import Settings, train
+from sftlab.training import TrainingConfig, train
 
 warnings.filterwarnings("ignore")
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)
@@ -140,8 +140,9 @@ def test_doras_lengths_get_no_gradient():
     layer.lora_B.data.normal_()
     x = torch.randn(5, 6)
     layer(x).square().sum().backward()
-    weight = layer.base.weight + lora.update_of(layer)
-    def by_hand(norm): return torch.autograd.grad((x @ (layer.magnitude / norm)[:, None].mul(weight).T + layer.base.bias).square().sum(), layer.lora_B, retain_graph=True)[0]
+    weight = layer.base.weight + lora.delta_weight(layer)
+    def by_hand(norm):
+        return torch.autograd.grad((x @ (layer.magnitude / norm)[:, None].mul(weight).T + layer.base.bias).square().sum(), layer.lora_B, retain_graph=True)[0]
     assert torch.allclose(layer.lora_B.grad, by_hand(weight.norm(dim=1).detach()), rtol=1e-4) and not torch.allclose(layer.lora_B.grad, by_hand(weight.norm(dim=1)), rtol=1e-2)
 
 
@@ -170,7 +171,7 @@ def test_only_the_adapter_is_trainable_and_the_base_stays_as_it_is():
 def test_lesson_05s_loop_trains_it():
     model = inject(small())
     rows = [dict(input_ids=ids, labels=ids) for ids in IDS.tolist()]
-    losses = train(model, rows, Settings(epochs=20, learning_rate=1e-2, batch_size=3), disable_tqdm=True).loss
+    losses = train(model, rows, TrainingConfig(epochs=20, learning_rate=1e-2, batch_size=3), disable_tqdm=True).loss
     assert losses.iloc[-1] < losses.iloc[0] - 0.3
 
 
@@ -364,10 +365,14 @@ def saved(tmp_path_factory):
     return folder
 
 
-def config(**changes): return lambda folder: (folder / "adapter_config.json").write_text(json.dumps(json.loads((folder / "adapter_config.json").read_text()) | changes))
-def tensors(change): return lambda folder: save_file(change(load_file(folder / "adapter_model.safetensors")), folder / "adapter_model.safetensors")
-def cut(name, share): return lambda folder: os.truncate(folder / name, int((folder / name).stat().st_size * share))
-def without(part): return tensors(lambda t: {name: value for name, value in t.items() if part not in name})
+def config(**changes):
+    return lambda folder: (folder / "adapter_config.json").write_text(json.dumps(json.loads((folder / "adapter_config.json").read_text()) | changes))
+def tensors(change):
+    return lambda folder: save_file(change(load_file(folder / "adapter_model.safetensors")), folder / "adapter_model.safetensors")
+def cut(name, share):
+    return lambda folder: os.truncate(folder / name, int((folder / name).stat().st_size * share))
+def without(part):
+    return tensors(lambda t: {name: value for name, value in t.items() if part not in name})
 
 
 @pytest.mark.parametrize("spoil, message", [

@@ -11,8 +11,8 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TRLCollator
 
 from sftlab.data import scan
-from sftlab.masking import (BATCH_FAULTS, FAULTS, IGNORE, MODES, ROW_FAULTS, MaskError, audit_labels, collate, encode, encode_rows, kill_table, labels_html, truncate)
-from sftlab.microworld import examples, to_messages
+from sftlab.masking import (BATCH_FAULTS, FAULTS, IGNORE, MODES, ROW_FAULTS, MaskError, audit_labels, collate, encode, encode_rows, mutation_table, labels_html, truncate)
+from sftlab.tiny.world import examples, to_messages
 from sftlab.models import load
 from sftlab.templates import TEMPLATES, with_template
 
@@ -57,9 +57,11 @@ def learned_text(tokenizer, row):
     "What is learned, a text a stretch."
     runs, before = [], None
     for i, (token, label) in enumerate(zip(row["input_ids"], row["labels"])):
-        if label == IGNORE: continue
+        if label == IGNORE:
+            continue
         assert label == token
-        if before != i - 1: runs.append([])
+        if before != i - 1:
+            runs.append([])
         runs[-1].append(token)
         before = i
     return [tokenizer.decode(run) for run in runs]
@@ -203,11 +205,13 @@ def test_what_truncation_leaves():
     (lambda: audit_labels([dict(input_ids=[[1, 2]], labels=[[1]])], TINY), "batch 0: .*not equally long"),
 ])
 def test_what_cannot_be_used_is_told(call, says):
-    with pytest.raises(MaskError, match=says): call()
+    with pytest.raises(MaskError, match=says):
+        call()
 
 
 ROWS = [to_messages(e) for e in examples("train", 24)]
-for i in range(0, 24, 6): ROWS[i] = dict(messages=ROWS[i]["messages"] + ROWS[i + 1]["messages"])  # some with two turns
+for i in range(0, 24, 6):
+    ROWS[i] = dict(messages=ROWS[i]["messages"] + ROWS[i + 1]["messages"])  # some with two turns
 MANY = [encode(TINY, row["messages"]) for row in ROWS]
 
 
@@ -231,7 +235,7 @@ def batched(collator, rows=MANY, size=8):
 
 
 def test_the_audit_names_every_fault_in_every_collator_and_nothing_else():
-    table = kill_table(TINY, ROWS, COLLATORS)
+    table = mutation_table(TINY, ROWS, COLLATORS)
     print("\n" + table.to_string())
     assert list(table.loc["(no fault)"]) == ["nothing named"] * 6 + ["everything learned"]
     faults = table.drop("(no fault)")
@@ -244,7 +248,7 @@ def test_the_audit_names_every_fault_in_every_collator_and_nothing_else():
 def test_a_kill_table_of_an_audit_that_sees_nothing_says_so(monkeypatch):
     "The control: with one check taken out, its faults are told as missed."
     monkeypatch.setattr("sftlab.masking._check_ends", lambda *_: None)
-    table = kill_table(TINY, ROWS[:8], {"collate": COLLATORS["collate"]})["collate"]
+    table = mutation_table(TINY, ROWS[:8], {"collate": COLLATORS["collate"]})["collate"]
     assert table["the stop token is masked"] == "missed: nothing" and table["headers are learned"] == "named"
 
 
@@ -253,7 +257,8 @@ def test_a_kill_table_of_an_audit_that_sees_nothing_says_so(monkeypatch):
 def test_sound_batches_have_no_fault(template, mode):
     tokenizer = TINY if template is None else TOKENIZERS[f"tiny, {template}"]
     batches = batched(COLLATORS["collate"](tokenizer), encode_rows(tokenizer, ROWS, mode))
-    for more in (dict(rows=ROWS), dict(template=template or TINY.chat_template), {}): audit_labels(batches, tokenizer, **more).assert_ok()
+    for more in (dict(rows=ROWS), dict(template=template or TINY.chat_template), {}):
+        audit_labels(batches, tokenizer, **more).assert_ok()
 
 
 def test_trls_own_batches_have_no_fault():
@@ -269,7 +274,8 @@ def test_real_rows_have_no_fault(real_data):
     for name in ("alpaca_en_demo.json", "alpaca_zh_demo.json", "sharegpt_dummy_conversation.json"):
         rows = [dict(messages=m) for m in real_talks(real_data, name, 100)]
         batches = batched(COLLATORS["collate"](TINY), encode_rows(TINY, rows))
-        for more in (dict(rows=rows), dict(template="chatml"), {}): audit_labels(batches, TINY, **more).assert_ok()
+        for more in (dict(rows=rows), dict(template="chatml"), {}):
+            audit_labels(batches, TINY, **more).assert_ok()
 
 
 @settings(max_examples=40, suppress_health_check=list(HealthCheck))
@@ -284,7 +290,9 @@ def test_one_bad_row_among_many_is_found_where_it_is(fault):
     cause, made = ROW_FAULTS[fault]
     bad = 11 if fault != "cut after 28 tokens" else max(range(len(ROWS)), key=lambda i: len(MANY[i]["input_ids"]))
     rows = [made(TINY, ROWS[bad]["messages"]) if i == bad else row for i, row in enumerate(MANY)]
-    if fault == "cut after 28 tokens": rows = [row for i, row in enumerate(rows) if i == bad or len(row["input_ids"]) <= 28]; bad = next(i for i, row in enumerate(rows) if row not in MANY)
+    if fault == "cut after 28 tokens":
+        rows = [row for i, row in enumerate(rows) if i == bad or len(row["input_ids"]) <= 28]
+        bad = next(i for i, row in enumerate(rows) if row not in MANY)
     report = audit_labels(batched(COLLATORS["collate"](TINY), rows), TINY, ROWS)
     assert list(report.causes) == [cause] and [(talk.batch, talk.row) for talk in report.causes[cause][0]] == [divmod(bad, 8)]
 
@@ -319,7 +327,8 @@ def test_figures_are_counts():
 def test_the_report_is_for_people():
     batch = collate([encode(TINY, say("<b>Hi</b>", "Ho"), "all"), MANY[0]], TINY.pad_token_id)
     report = audit_labels([batch], TINY, [dict(messages=say("<b>Hi</b>", "Ho")), ROWS[0]])
-    with pytest.raises(AssertionError, match="everything learned: 1 conversations .batch 0 row 0.*\n.*To mend: Mask all but the answers.*\n.*What follows: prompt learned .1., header learned .1."): report.assert_ok()
+    with pytest.raises(AssertionError, match="everything learned: 1 conversations .batch 0 row 0.*\n.*To mend: Mask all but the answers.*\n.*What follows: prompt learned .1., header learned .1."):
+        report.assert_ok()
     html = report._repr_html_()
     assert "<b>Hi" not in html and "&lt;b&gt;Hi" in html and "✗" in html
     assert "No fault" in audit_labels(batched(COLLATORS["TRL"](TINY)), TINY, ROWS)._repr_html_()
@@ -328,4 +337,5 @@ def test_the_report_is_for_people():
 def test_labels_shown_are_whole():
     import re
     from html import unescape
-    for row in MANY: assert unescape(re.sub("<[^>]+>", "", labels_html(**dict(zip(("ids", "labels"), row.values())), tokenizer=TINY))) == TINY.decode(row["input_ids"])
+    for row in MANY:
+        assert unescape(re.sub("<[^>]+>", "", labels_html(**dict(zip(("ids", "labels"), row.values())), tokenizer=TINY))) == TINY.decode(row["input_ids"])

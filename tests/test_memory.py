@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 
 import sftlab.memory as memory
 from sftlab.memory import (CONFIGS, METHODS, OPTIMIZERS, PRECISIONS, MemoryEstimateError, autocast_bytes, build, count_parameters, estimate, explore, largest, layer_activations, make_fake, measure, meter,
-                           numbers_of, optimizer_bytes, plot, quantized_bytes, saved_bytes)
+                           model_dims, optimizer_bytes, plot, quantized_bytes, saved_bytes)
 
 matplotlib.use("Agg")
 SMALL = dict(vocab_size=600, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -28,7 +28,7 @@ def test_parameters_are_those_of_the_built_model(kind, vocab, width, mlp, layers
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert count_parameters(config) == count_parameters(model) == model.num_parameters()
-    assert sorted(sum(memory.parameter_sizes(numbers_of(config)), [])) == sorted(p.numel() for p in model.parameters())
+    assert sorted(sum(memory.parameter_sizes(model_dims(config)), [])) == sorted(p.numel() for p in model.parameters())
 
 
 # --- bytes
@@ -87,8 +87,9 @@ def test_activations_are_what_the_hooks_count(family, method, precision, attenti
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("o_proj", "up_proj", "down_proj")], ids="-".join)
 def test_activations_of_a_layer_where_only_some_matrices_are_adapted(targets, precision, attention):
     "A layer's growth: in the very first layer what stands before the first adapter needs no gradient, and less is saved than we say."
-    def counted(layers): return fake(Qwen3Config(**SMALL | dict(num_hidden_layers=layers), head_dim=96), 3, 80, "lora", precision, attention, r=8, targets=targets)
-    c = numbers_of(FAMILIES["qwen3"])
+    def counted(layers):
+        return fake(Qwen3Config(**SMALL | dict(num_hidden_layers=layers), head_dim=96), 3, 80, "lora", precision, attention, r=8, targets=targets)
+    c = model_dims(FAMILIES["qwen3"])
     said = layer_activations(c, 3, 80, "lora", precision, attention, 8, targets)[0] + autocast_bytes(c, "lora", precision, 8, targets) / c["num_hidden_layers"]
     assert said == pytest.approx(counted(3) - counted(2), rel=0.01)
 
@@ -100,8 +101,9 @@ def test_fake_is_real(family):
 
 
 def test_activations_are_linear_in_layers_and_rows():
-    def counted(layers, batch): return fake(LlamaConfig(**SMALL | dict(num_hidden_layers=layers)), batch, 32, "full", "bf16", "sdpa")
-    assert counted(3, 2) - counted(2, 2) == counted(2, 2) - counted(1, 2) == layer_activations(numbers_of(FAMILIES["llama"]), 2, 32, "full", "bf16")[0]
+    def counted(layers, batch):
+        return fake(LlamaConfig(**SMALL | dict(num_hidden_layers=layers)), batch, 32, "full", "bf16", "sdpa")
+    assert counted(3, 2) - counted(2, 2) == counted(2, 2) - counted(1, 2) == layer_activations(model_dims(FAMILIES["llama"]), 2, 32, "full", "bf16")[0]
 
 
 # --- the peak
@@ -141,7 +143,8 @@ def test_the_meter_notes_and_forgets():
 @settings(max_examples=60)
 @given(st.sampled_from(list(CONFIGS)), st.sampled_from(METHODS), st.integers(1, 8), st.integers(1, 4096), st.sampled_from(PRECISIONS), st.booleans(), st.sampled_from(["sdpa", "eager"]), st.sampled_from(OPTIMIZERS))
 def test_estimates_add_up_and_grow(model, method, batch, length, precision, checkpointing, attention, optimizer):
-    def total(batch, length): return estimate(model, method, batch, length, precision=precision, checkpointing=checkpointing, attention=attention, optimizer=optimizer).total
+    def total(batch, length):
+        return estimate(model, method, batch, length, precision=precision, checkpointing=checkpointing, attention=attention, optimizer=optimizer).total
     e = estimate(model, method, batch, length, precision=precision, checkpointing=checkpointing, attention=attention, optimizer=optimizer)
     assert e.total == sum(e.terms.values()) == pytest.approx(e.table()["GB"].sum() * 1e9)
     assert set(e.terms) == set(e.formulas) and all(size >= 0 and isinstance(size, int) for size in e.terms.values())

@@ -12,7 +12,8 @@ from sftlab.models import ModelError, find, load, pick_dtype, tiny_path
 
 def test_the_environment_chooses_the_preset(monkeypatch):
     monkeypatch.setenv("SFTLAB_PRESET", "no-such")
-    with pytest.raises(ModelError, match="no preset 'no-such'.*tiny, small, t4, gpu"): load()
+    with pytest.raises(ModelError, match="no preset 'no-such'.*tiny, small, t4, gpu"):
+        load()
     assert load("tiny")[0].config.model_type == "llama"  # an argument counts for more
 
 
@@ -37,15 +38,18 @@ def test_the_tiny_model_stays_on_the_cpu_where_there_is_a_gpu():
 def test_a_wrong_name_fails_at_once_in_one_line(name, message):
     from huggingface_hub import HfApi  # its import is not what is timed
     start = time.time()
-    with pytest.raises(ModelError, match=message) as error: load(name)
+    with pytest.raises(ModelError, match=message) as error:
+        load(name)
     assert "\n" not in str(error.value) and time.time() - start < 5
 
 
 def test_a_folder_without_a_model_and_one_with_a_broken_one(tmp_path):
-    with pytest.raises(ModelError, match="holds no model"): load(str(tmp_path))
+    with pytest.raises(ModelError, match="holds no model"):
+        load(str(tmp_path))
     shutil.copytree(tiny_path(), tmp_path / "broken")
     (tmp_path / "broken/model.safetensors").unlink()
-    with pytest.raises(ModelError, match="broken cannot be loaded"): load(str(tmp_path / "broken"))
+    with pytest.raises(ModelError, match="broken cannot be loaded"):
+        load(str(tmp_path / "broken"))
 
 
 def test_an_adapter_made_where_the_course_lay_elsewhere_finds_the_tiny_model(tmp_path):
@@ -56,14 +60,17 @@ def test_an_adapter_made_where_the_course_lay_elsewhere_finds_the_tiny_model(tmp
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     for base, found in [("/content/sftlab/assets/tiny", True), ("/content/another-model", False)]:
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
-        if found: assert load(str(tmp_path))[0].get_base_model().config.hidden_size == model.config.hidden_size
+        if found:
+            assert load(str(tmp_path))[0].get_base_model().config.hidden_size == model.config.hidden_size
         else:
-            with pytest.raises(ModelError, match="no folder /content/another-model"): load(str(tmp_path))
+            with pytest.raises(ModelError, match="no folder /content/another-model"):
+                load(str(tmp_path))
 
 
 def test_four_bits_without_bitsandbytes_get_one_line(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModelError, match="need bitsandbytes, which is not installed: pip install bitsandbytes"): load("tiny", four_bit=True)
+    with pytest.raises(ModelError, match="need bitsandbytes, which is not installed: pip install bitsandbytes"):
+        load("tiny", four_bit=True)
 
 
 def test_find_leaves_a_folder_as_it_is(tmp_path):

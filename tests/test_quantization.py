@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from sftlab import lora
 from sftlab.models import tiny_path
-from sftlab.quantization import (Linear4bit, QuantizationError, absmax_dequantize, absmax_quantize, bits_per_parameter, code_values, dequantize, dequantize_model, dynamic_values, keep_gradients,
-                                 nearest, nf4_values, quantize, quantize_absmax, quantize_model, scale_blocks)
-from sftlab.training import Settings, train
+from sftlab.quantization import (Linear4bit, QuantizationError, dequantize_int8, quantize_int8, bits_per_parameter, code_values, dequantize, dequantize_model, dynamic_values, keep_gradients,
+                                 nearest, nf4_values, quantize, quantize_scales, quantize_model, scale_blocks)
+from sftlab.training import TrainingConfig, train
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = [(64,), (1,), (2,), (3,), (63,), (65,), (128, 64), (5, 7), (127, 129), (13, 130), (2, 3, 5), (192, 512), (100, 96)]
@@ -35,7 +35,8 @@ def reference(name, *args):
     return getattr(torch.ops.bitsandbytes, name).default._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args)
 
 
-def randn(*shape, seed=0, dtype=torch.float32): return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def small(seed=0, **more):
@@ -84,17 +85,17 @@ def test_eight_bits_are_bitsandbytes_to_the_bit(dtype):
     weight = randn(33, 70, dtype=DTYPES[dtype])
     weight[3] = 0
     theirs, absmax, _ = bnb.int8_vectorwise_quant(weight.clone())
-    codes, ours = absmax_quantize(weight, dim=1)
+    codes, ours = quantize_int8(weight, dim=1)
     assert codes.equal(theirs) and ours.flatten().equal(absmax) and codes.abs().max() == 127
-    assert torch.allclose(absmax_dequantize(codes, ours), bnb.int8_vectorwise_dequant(theirs, absmax), rtol=3e-7)  # 1/127 there is a rounded factor: two roundings more
+    assert torch.allclose(dequantize_int8(codes, ours), bnb.int8_vectorwise_dequant(theirs, absmax), rtol=3e-7)  # 1/127 there is a rounded factor: two roundings more
 
 
 @given(weight=arrays("float32", st.tuples(st.integers(1, 5), st.integers(1, 9)), elements=st.floats(-1e4, 1e4, width=32).filter(lambda x: x == 0 or abs(x) > 1e-20)))
 def test_absmax_is_off_by_half_a_step_at_most(weight):
     w = torch.from_numpy(weight)
     for dim in (None, 1):
-        codes, absmax = absmax_quantize(w, dim)
-        assert ((absmax_dequantize(codes, absmax) - w).abs() <= absmax / 127 * 0.5001 + 1e-30).all()
+        codes, absmax = quantize_int8(w, dim)
+        assert ((dequantize_int8(codes, absmax) - w).abs() <= absmax / 127 * 0.5001 + 1e-30).all()
 
 
 # --- four bits
@@ -110,7 +111,8 @@ def test_four_bits_are_bitsandbytes_to_the_bit(shape, dtype, code, block):
     assert q.codes.equal(theirs.flatten()) and q.absmax.equal(state.absmax)
     back = dequantize(q)
     assert back.dtype == weight.dtype and back.equal(reference("dequantize_4bit", theirs, state.absmax, block, code, weight.shape, weight.dtype))
-    if weight.ndim == 2 and weight.shape[1] % block == 0: assert back.equal(bnb.dequantize_4bit(theirs, state))  # its CPU kernel is wrong where a block ends inside a row
+    if weight.ndim == 2 and weight.shape[1] % block == 0:
+        assert back.equal(bnb.dequantize_4bit(theirs, state))  # its CPU kernel is wrong where a block ends inside a row
 
 
 @settings(max_examples=60)
@@ -146,7 +148,8 @@ def test_the_first_code_is_in_the_upper_half_and_an_odd_end_is_filled_with_zero(
 def test_a_block_of_zeros_stays_zero():
     weight = randn(2, 64)
     weight[1] = 0
-    for double in (False, True): assert not dequantize(quantize(weight, double=double))[1].any() or double
+    for double in (False, True):
+        assert not dequantize(quantize(weight, double=double))[1].any() or double
     assert not dequantize(quantize(torch.zeros(3, 5), double=True)).any()
 
 
@@ -155,7 +158,7 @@ def test_a_block_of_zeros_stays_zero():
 @pytest.mark.parametrize("n", [1, 2, 100, 256, 257, 5000])
 def test_double_quantisation_is_bitsandbytes_reference_to_the_bit(n):
     absmax = randn(n).abs() + 0.01
-    q = quantize_absmax(absmax)
+    q = quantize_scales(absmax)
     codes, scales = reference("quantize_blockwise", absmax - absmax.mean(), dynamic_values(), 256)
     assert q["absmax"].equal(codes) and q["offset"] == absmax.mean()
     assert torch.equal(q["scales"], scales) or (n == 1 and q["scales"] == 0)  # it keeps 1e-38 where there is nothing
@@ -163,7 +166,7 @@ def test_double_quantisation_is_bitsandbytes_reference_to_the_bit(n):
 
 def test_the_fast_kernel_differs_only_next_to_a_middle():
     absmax = randn(200_000).abs()
-    ours, theirs = quantize_absmax(absmax)["absmax"], bnb.quantize_blockwise(absmax - absmax.mean(), blocksize=256)[0]
+    ours, theirs = quantize_scales(absmax)["absmax"], bnb.quantize_blockwise(absmax - absmax.mean(), blocksize=256)[0]
     values, other = dynamic_values(), ours != theirs
     scaled = scale_blocks(absmax - absmax.mean(), 256)[0]
     assert other.float().mean() < 0.005
@@ -205,14 +208,17 @@ def test_bits_are_as_counted_by_hand(double, bits):
     (lambda: quantize_model(quantize_model(small())), "already"), (lambda: quantize_model(nn.Embedding(3, 3)), "no linear layer"), (lambda: quantize_model(lora.inject(small())), "quantise first"),
     (lambda: logits(quantize_model(small()).bfloat16()), "before it is quantised"), (lambda: logits(quantize_model(small(), double=False).half()), "before it is quantised")])
 def test_bad_input_gets_one_clear_line(call, says):
-    with pytest.raises(QuantizationError) as caught: call()
+    with pytest.raises(QuantizationError) as caught:
+        call()
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_refused_model_is_left_as_it_was():
     model = small()
-    with torch.no_grad(): model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
-    with pytest.raises(QuantizationError, match="down_proj"): quantize_model(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(QuantizationError, match="down_proj"):
+        quantize_model(model)
     assert not any(isinstance(m, Linear4bit) for m in model.modules()) and all(p.requires_grad for p in model.parameters())
 
 
@@ -238,14 +244,17 @@ def test_our_own_quantisation_needs_no_bitsandbytes():
 def test_output_and_gradient_are_an_ordinary_layers(shape, bias, dtype):
     linear = nn.Linear(64, 48, bias=bias).to(DTYPES[dtype])
     layer = Linear4bit(copy.deepcopy(linear))
-    with torch.no_grad(): linear.weight.copy_(layer.dequantize())
+    with torch.no_grad():
+        linear.weight.copy_(layer.dequantize())
     x = randn(*shape, dtype=DTYPES[dtype]).requires_grad_()
-    for value in (layer, linear): value.out = value(x)
+    for value in (layer, linear):
+        value.out = value(x)
     grad = randn(*layer.out.shape, seed=1, dtype=DTYPES[dtype])
     assert layer.out.equal(linear.out)
     wanted = [x, linear.bias] if bias else [x]
     ours = torch.autograd.grad(layer.out, [x, layer.bias] if bias else [x], grad)
-    for a, b in zip(ours, torch.autograd.grad(linear.out, wanted, grad)): assert a.equal(b)
+    for a, b in zip(ours, torch.autograd.grad(linear.out, wanted, grad)):
+        assert a.equal(b)
 
 
 def test_the_gradient_is_a_derivative():
@@ -255,7 +264,8 @@ def test_the_gradient_is_a_derivative():
 
 def test_nothing_is_kept_for_the_backward_pass_and_nothing_computed_that_nobody_wants(monkeypatch):
     layer, kept, read = Linear4bit(nn.Linear(64, 64, bias=False)), [], []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t): layer(randn(3, 64).requires_grad_())
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(randn(3, 64).requires_grad_())
     assert not kept and not layer(randn(3, 64)).requires_grad and not list(layer.parameters())
     head = Linear4bit(nn.Linear(64, 64))
     monkeypatch.setattr(Linear4bit, "dequantize", lambda self, dtype, plain=Linear4bit.dequantize: read.append(dtype) or plain(self, dtype))
@@ -279,9 +289,11 @@ def test_outputs_and_gradients_are_bitsandbytes(double):
     theirs.weight = bitsandbytes.nn.Params4bit(linear.weight.detach().clone(), requires_grad=False, quant_type="nf4", compress_statistics=double)
     keep_gradients(theirs.to("cpu"))
     layer = Linear4bit(linear, double=double)
-    if double: layer.absmax.copy_(theirs.weight.quant_state.absmax)  # see `test_the_fast_kernel_differs_only_next_to_a_middle`
+    if double:
+        layer.absmax.copy_(theirs.weight.quant_state.absmax)  # see `test_the_fast_kernel_differs_only_next_to_a_middle`
     x = randn(2, 3, 192).requires_grad_()
-    for m in (layer, theirs): m.gradient, = torch.autograd.grad((m(x) ** 2).sum(), x)
+    for m in (layer, theirs):
+        m.gradient, = torch.autograd.grad((m(x) ** 2).sum(), x)
     assert layer(x).equal(theirs(x)) and layer.gradient.equal(theirs.gradient)
 
 
@@ -292,7 +304,8 @@ def test_an_evaluation_does_not_change_what_comes_after_it():
     keep_gradients(theirs.to("cpu"))
     x = randn(2, 192).requires_grad_()
     before = torch.autograd.grad(theirs(x).sum(), x)[0]
-    with torch.no_grad(): theirs.eval()(x)
+    with torch.no_grad():
+        theirs.eval()(x)
     assert torch.autograd.grad(theirs.train()(x).sum(), x)[0].equal(before)
 
 
@@ -312,7 +325,8 @@ def test_a_model_with_biases():
     config = Qwen2Config(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
     model = Qwen2ForCausalLM(config).eval()
     with torch.no_grad():
-        for layer in model.model.layers: layer.self_attn.q_proj.bias.normal_()
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.bias.normal_()
     plain = dequantize_model(quantize_model(copy.deepcopy(model)))
     assert logits(quantize_model(model)).equal(logits(plain)) and model.model.layers[0].self_attn.q_proj.bias.any()
 
@@ -342,7 +356,8 @@ def test_dequantised_it_computes_the_same():
     model = quantize_model(small())
     with_adapter = lora.inject(copy.deepcopy(model))
     with torch.no_grad():
-        for layer in lora.adapters(with_adapter).values(): layer.lora_B.normal_()
+        for layer in lora.adapters(with_adapter).values():
+            layer.lora_B.normal_()
     before, adapted = logits(model), logits(with_adapter)
     assert logits(dequantize_model(model)).equal(before)
     assert logits(dequantize_model(with_adapter)).equal(adapted) and not any(isinstance(m, Linear4bit) for m in [*model.modules(), *with_adapter.modules()])
@@ -364,20 +379,24 @@ def test_qlora_is_bitsandbytes_with_peft_step_for_step(double):
     ours, theirs = quantize_model(load("tiny")[0], double=double), reference_model(double)
     if double:  # its constants
         for name, m in ours.named_modules():
-            if isinstance(m, Linear4bit): m.absmax.copy_(theirs.get_submodule(name).weight.quant_state.absmax)
-    torch.manual_seed(0); lora.inject(ours, r=8, alpha=16)
-    torch.manual_seed(0); theirs = get_peft_model(theirs, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    losses = [train(m, ROWS, Settings(learning_rate=5e-3, epochs=2), disable_tqdm=True)["loss"].tolist() for m in (ours, theirs)]
+            if isinstance(m, Linear4bit):
+                m.absmax.copy_(theirs.get_submodule(name).weight.quant_state.absmax)
+    torch.manual_seed(0)
+    lora.inject(ours, r=8, alpha=16)
+    torch.manual_seed(0)
+    theirs = get_peft_model(theirs, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    losses = [train(m, ROWS, TrainingConfig(learning_rate=5e-3, epochs=2), disable_tqdm=True)["loss"].tolist() for m in (ours, theirs)]
     assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
     weights = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
     for name, p in ours.named_parameters():
-        if p.requires_grad: assert p.equal(weights[f"base_model.model.{name}.default.weight"]), name
+        if p.requires_grad:
+            assert p.equal(weights[f"base_model.model.{name}.default.weight"]), name
 
 
 def test_the_base_does_not_move():
     model = lora.inject(quantize_model(small()))
     before = {name: b.clone() for name, b in model.named_buffers()}
-    train(model, ROWS, Settings(epochs=1, learning_rate=1e-2), disable_tqdm=True)
+    train(model, ROWS, TrainingConfig(epochs=1, learning_rate=1e-2), disable_tqdm=True)
     assert all(b.equal(before[name]) for name, b in model.named_buffers()) and any(layer.lora_B.any() for layer in lora.adapters(model).values())
 
 
@@ -389,5 +408,6 @@ def test_merging_into_four_bits_is_peft_again():
     layer = theirs.get_submodule(name)
     before = layer.base_layer.weight
     total = bnb.dequantize_4bit(before.data, before.quant_state) + layer.get_delta_weight("default")
-    with pytest.warns(UserWarning, match="rounding"): layer.merge()
+    with pytest.warns(UserWarning, match="rounding"):
+        layer.merge()
     assert quantize(total.detach()).codes.equal(layer.base_layer.weight.data.flatten())

@@ -10,27 +10,32 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sftlab import cli, microworld
+from sftlab import cli
+from sftlab.tiny import world
 from sftlab.finetune import last_checkpoint
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "world.jsonl"
-    path.write_text("\n".join(json.dumps(microworld.to_messages(e)) for e in microworld.examples("train", 40, kinds=["opposite", "plural"])))
+    path.write_text("\n".join(json.dumps(world.to_messages(e)) for e in world.examples("train", 40, kinds=["opposite", "plural"])))
     return path
 
 
-def words(file, output, *more): return ["train", "--data", str(file), "--output", str(output), "--method", "full", "--epochs", "24", *more]
-def start(*args): return subprocess.Popen([sys.executable, "-m", "sftlab.cli", *words(*args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-def newest(folder, mark=""): return max([int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*") if (p / mark).exists()], default=0)
+def words(file, output, *more):
+    return ["train", "--data", str(file), "--output", str(output), "--method", "full", "--epochs", "24", *more]
+def start(*args):
+    return subprocess.Popen([sys.executable, "-m", "sftlab.cli", *words(*args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def newest(folder, mark=""):
+    return max([int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*") if (p / mark).exists()], default=0)
 
 
 def killed(file, output, after, delay, mark=""):
     "Start a run and kill it, `delay` seconds after a checkpoint later than step `after` has appeared (or its `mark` has)."
     run = start(file, output)
     unfinished = output.parent / f".{output.name}.unfinished"
-    while newest(unfinished, mark) <= after and run.poll() is None: time.sleep(0.01)
+    while newest(unfinished, mark) <= after and run.poll() is None:
+        time.sleep(0.01)
     time.sleep(delay)
     run.send_signal(signal.SIGKILL)
     said = run.communicate()[0]
@@ -95,7 +100,8 @@ def test_checkpoints_without_the_mark_are_passed_over(tmp_path):
     assert last_checkpoint(tmp_path) is None
     for step, complete in ((5, True), (20, True), (100, False)):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        if complete: (tmp_path / f"checkpoint-{step}" / "complete").touch()
+        if complete:
+            (tmp_path / f"checkpoint-{step}" / "complete").touch()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-20", "checkpoint-5"]
 

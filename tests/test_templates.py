@@ -33,12 +33,15 @@ def llama_like(**how):
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     t = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    if how.pop("legacy", False): t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else: t.pre_tokenizer = pre_tokenizers.Metaspace(split=False, **how)
+    if how.pop("legacy", False):
+        t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        t.pre_tokenizer = pre_tokenizers.Metaspace(split=False, **how)
     t.train_from_iterator(["The capital of Peru is Lima.", "user assistant system USER: ASSISTANT: [INST] [/INST] ### Response:"] * 9, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
     state = json.loads(t.to_str())
     vocab = state["model"]["vocab"]
-    for b in range(256): vocab[f"<0x{b:02X}>"] = len(vocab)
+    for b in range(256):
+        vocab[f"<0x{b:02X}>"] = len(vocab)
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
@@ -49,7 +52,8 @@ any_text = st.lists(plain | st.sampled_from(MARKS), max_size=3).map("".join)
 
 def talks(texts):
     "A system text or none, one to eight turns."
-    def build(system, contents): return [dict(role="system", content=system)] * (system is not None) + [dict(role=("user", "assistant")[i % 2], content=c) for i, c in enumerate(contents)]
+    def build(system, contents):
+        return [dict(role="system", content=system)] * (system is not None) + [dict(role=("user", "assistant")[i % 2], content=c) for i, c in enumerate(contents)]
     return st.builds(build, st.none() | texts, st.lists(texts, min_size=1, max_size=8))
 
 
@@ -61,7 +65,8 @@ def say(*texts, system=None):
     return [dict(role="system", content=system)] * (system is not None) + [dict(role=("user", "assistant")[i % 2], content=c) for i, c in enumerate(texts)]
 
 
-def specials(t): return {token.content: id for id, token in t.added_tokens_decoder.items() if token.special}
+def specials(t):
+    return {token.content: id for id, token in t.added_tokens_decoder.items() if token.special}
 
 
 # --- text ---
@@ -77,10 +82,14 @@ def test_ours_is_jinja_string_for_string(fitting, name, talk, prompt):
 def test_what_one_refuses_the_other_refuses(fitting, name, roles):
     from jinja2 import TemplateError as JinjaError
     talk = [dict(role=role, content="x") for role in roles]
-    try: theirs = fitting[name].apply_chat_template(talk, tokenize=False)
-    except JinjaError: theirs = None
-    try: ours = render(talk, name)
-    except TemplateError: ours = None
+    try:
+        theirs = fitting[name].apply_chat_template(talk, tokenize=False)
+    except JinjaError:
+        theirs = None
+    try:
+        ours = render(talk, name)
+    except TemplateError:
+        ours = None
     assert ours == theirs
 
 
@@ -88,7 +97,8 @@ def test_what_one_refuses_the_other_refuses(fitting, name, roles):
 def test_llama2_is_what_metas_code_makes(pairs, system):
     "generation.py: the system text is put before the first question; both sides are stripped; BOS and EOS around each exchange."
     questions = [q for q, _ in pairs]
-    if system is not None: questions[0] = "<<SYS>>\n" + system + "\n<</SYS>>\n\n" + questions[0]
+    if system is not None:
+        questions[0] = "<<SYS>>\n" + system + "\n<</SYS>>\n\n" + questions[0]
     meta = "".join(f"<s>[INST] {q.strip()} [/INST] {a.strip()} </s>" for q, (_, a) in zip(questions, pairs))
     assert render(say(*(text for pair in pairs for text in pair), system=system), "llama2") == meta
 
@@ -99,8 +109,10 @@ def test_vicuna_is_what_fastchats_code_makes(texts, system):
     ends, roles = (" ", "</s>"), ("USER", "ASSISTANT")
     default = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions."
     prompt = (default if system is None else system) + " " + "".join(f"{roles[i % 2]}: {text}{ends[i % 2]}" for i, text in enumerate(texts))
-    if len(texts) % 2: assert "<s>" + prompt + "ASSISTANT:" == render(say(*texts, system=system), "vicuna", add_generation_prompt=True)
-    else: assert "<s>" + prompt == render(say(*texts, system=system), "vicuna")
+    if len(texts) % 2:
+        assert "<s>" + prompt + "ASSISTANT:" == render(say(*texts, system=system), "vicuna", add_generation_prompt=True)
+    else:
+        assert "<s>" + prompt == render(say(*texts, system=system), "vicuna")
 
 
 @pytest.mark.parametrize("name, published", [
@@ -132,8 +144,10 @@ def test_ours_is_the_template_that_trl_keeps(fitting, pair, talk, prompt):
     ([dict(role="<|im_end|>", content="a")], "chatml", "role is '<|im_end|>'".replace("|", r"\|")), ([dict(role="system", content="a")], "llama2", "no question"),
     (say("a", "b") + say("c")[:0] + [dict(role="assistant", content="c")], "vicuna", r"messages\[2\].role is 'assistant' where this template needs 'user'")])
 def test_a_conversation_that_has_no_place_is_refused(talk, template, says):
-    with pytest.raises(TemplateError, match=says): segments(talk, template)
-    with pytest.raises(TemplateError): render(talk, template)
+    with pytest.raises(TemplateError, match=says):
+        segments(talk, template)
+    with pytest.raises(TemplateError):
+        render(talk, template)
 
 
 # --- tokens ---
@@ -196,8 +210,10 @@ def test_special_tokens_that_take_white_space_along(tiny):
     for talk in (say("Hi", "Yo"), say("  Hi ", "\nYo\n", "more"), say("x<|end|>\n<|assistant|>\ny", "Yo")):
         ids, _ = encode_segments(t, segments_of(t, talk))
         theirs = t.apply_chat_template(talk)["input_ids"]
-        if "<|end|>" in talk[0]["content"]: assert ids.count(specials(t)["<|end|>"]) == 2 and theirs.count(specials(t)["<|end|>"]) == 3
-        else: assert ids == theirs
+        if "<|end|>" in talk[0]["content"]:
+            assert ids.count(specials(t)["<|end|>"]) == 2 and theirs.count(specials(t)["<|end|>"]) == 3
+        else:
+            assert ids == theirs
 
 
 def test_who_owns_a_token_that_lies_across_a_border(fitting):
@@ -216,12 +232,14 @@ def test_with_template_leaves_the_tokenizer_alone(tiny):
     assert (tiny.chat_template, tiny.eos_token, len(tiny)) == before
     assert (t.bos_token, t.eos_token, t.chat_template) == ("<|begin_of_text|>", "<|eot_id|>", jinja("llama3")) and len(t) == len(tiny) + 4
     assert set(t("<|eot_id|>")["input_ids"]) == {t.eos_token_id}
-    with pytest.raises(TemplateError, match="no template 'x'"): with_template(tiny, "x")
+    with pytest.raises(TemplateError, match="no template 'x'"):
+        with_template(tiny, "x")
 
 
 # --- whatever template a tokenizer brings ---
 
-def characters(pieces): return [(c, s.mark or c.isspace(), s.learned, s.turn if s.learned and not c.isspace() else None) for s in pieces for c in s.text]
+def characters(pieces):
+    return [(c, s.mark or c.isspace(), s.learned, s.turn if s.learned and not c.isspace() else None) for s in pieces for c in s.text]
 
 
 @many
@@ -248,15 +266,18 @@ OURS = [name for name in trl_templates() if not name.startswith(WANT_LISTS)]
 @pytest.mark.parametrize("name", OURS)
 def test_segments_of_published_templates(tiny, name):
     t, talk = tokenizer_for(tiny, trl_templates()[name]), say("What is 1 + 1?", "Two.", "And 2 + 2?", "It is <b>four</b>.")
-    if "gemma" not in name: talk = say(*(m["content"] for m in talk), system="Be brief.")
+    if "gemma" not in name:
+        talk = say(*(m["content"] for m in talk), system="Be brief.")
     pieces = segments_of(t, talk)
     assert "".join(s.text for s in pieces) == t.apply_chat_template(talk, tokenize=False)
     assert [(s.turn, s.text) for s in pieces if not s.mark] == [(i, m["content"]) for i, m in enumerate(talk)]
     ids, owners = encode_segments(t, pieces)
     theirs = t.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=has_generation_markers(t))
     assert ids == theirs["input_ids"]
-    if has_generation_markers(t): assert [int(pieces[i].learned) for i in owners] == theirs["assistant_masks"] and any(theirs["assistant_masks"])
-    else: assert {s.text for s in pieces if not s.mark and s.learned} == {"Two.", "It is <b>four</b>."}
+    if has_generation_markers(t):
+        assert [int(pieces[i].learned) for i in owners] == theirs["assistant_masks"] and any(theirs["assistant_masks"])
+    else:
+        assert {s.text for s in pieces if not s.mark and s.learned} == {"Two.", "It is <b>four</b>."}
 
 
 def test_templates_that_cannot_be_used_say_so(tiny):
@@ -264,7 +285,8 @@ def test_templates_that_cannot_be_used_say_so(tiny):
                              ("{% if messages[0].content == 'a' %}A{% else %}B{% endif %}", say("a"), "rewrites"), ("{{ messages[0].content[1:] }}", say("ab"), "rewrites")]:
         t = copy.deepcopy(tiny)
         t.chat_template = text
-        with pytest.raises(TemplateError, match=says): segments_of(t, talk)
+        with pytest.raises(TemplateError, match=says):
+            segments_of(t, talk)
 
 
 def test_private_signs_that_somebody_uses(tiny):
@@ -310,7 +332,8 @@ def test_a_fault_is_found_by_its_name(fitting, fault, change):
     assert t.chat_template != good
     report = check_template(t)
     assert [f.name for f in report.faults] == [fault], report
-    with pytest.raises(TemplateError, match=fault): report.assert_ok()
+    with pytest.raises(TemplateError, match=fault):
+        report.assert_ok()
     assert FAULTS[fault][0] in repr(report) and FAULTS[fault][1] in repr(report)
 
 
@@ -407,4 +430,3 @@ def test_real_conversations(real_data, fitting, name):
             ids, owners = encode_segments(t, pieces)
             assert ids == theirs["input_ids"] and [int(pieces[i].learned) for i in owners] == theirs["assistant_masks"]
             assert characters(segments_of(t, row["messages"])) == characters(pieces)
-

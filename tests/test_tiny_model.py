@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from sftlab import microtexts, microworld, models, pretraining
+from sftlab import models
+from sftlab.tiny import pretraining, texts, world
 from sftlab.generation import complete
 
 
@@ -35,7 +36,7 @@ def test_auto_classes_load_it_unchanged():
 
 def test_every_text_survives_the_tokenizer(tiny):
     tokenizer = tiny[1]
-    for text in ["naïve café, 東京 and 🦙", "  two  spaces\n\ttab", *islice(microtexts.documents(seed=11), 50)]:
+    for text in ["naïve café, 東京 and 🦙", "  two  spaces\n\ttab", *islice(texts.documents(seed=11), 50)]:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
@@ -45,12 +46,12 @@ def whole(tokenizer, text):
 
 
 def test_no_word_of_the_world_falls_to_bytes(tiny):
-    world = [w for pair in microworld.WORDS.items() for w in pair] + [c[k] for c in microworld.COUNTRIES for k in ("name", "zh", "capital", "capital_zh", "language", "language_zh", "currency")]
+    world = [w for pair in world.WORDS.items() for w in pair] + [c[k] for c in world.COUNTRIES for k in ("name", "zh", "capital", "capital_zh", "language", "language_zh", "currency")]
     assert [word for word in world if not whole(tiny[1], word)] == []
 
 
 def test_few_characters_of_the_texts_fall_to_bytes(tiny):
-    characters = Counter(c for text in islice(microtexts.documents(seed=11), 3000) for c in text if "\u4e00" <= c <= "\u9fff")
+    characters = Counter(c for text in islice(texts.documents(seed=11), 3000) for c in text if "\u4e00" <= c <= "\u9fff")
     broken = sum(n for c, n in characters.items() if not whole(tiny[1], c))
     assert broken / sum(characters.values()) < 0.08  # 7.4 % measured: the rarer characters of stories and essays, which gave way to whole words
 
@@ -63,7 +64,7 @@ def test_the_chat_template_marks_just_the_answer(tiny):
 
 
 def test_no_document_holds_a_special_token():
-    for text in islice(microtexts.documents(seed=1), 2000):
+    for text in islice(texts.documents(seed=1), 2000):
         assert not any(token in text for token in pretraining.SPECIAL_TOKENS)
 
 
@@ -72,11 +73,14 @@ def test_peft_adapter_goes_to_disk_and_back(tiny, tmp_path):
     model, tokenizer = models.load("tiny")
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False))
     ids = torch.tensor([tokenizer("The capital of Peru is")["input_ids"]])
-    with torch.no_grad(): before = adapted.eval()(input_ids=ids).logits
+    with torch.no_grad():
+        before = adapted.eval()(input_ids=ids).logits
     adapted.save_pretrained(tmp_path), tokenizer.save_pretrained(tmp_path)
     again, _ = models.load(str(tmp_path))
-    with torch.no_grad(): assert torch.equal(again(input_ids=ids).logits, before)
-    with torch.no_grad(): assert not torch.allclose(tiny[0](input_ids=ids).logits, before)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, before)
+    with torch.no_grad():
+        assert not torch.allclose(tiny[0](input_ids=ids).logits, before)
 
 
 def test_bitsandbytes_quantises_it_on_the_cpu(tiny):
@@ -91,7 +95,7 @@ def test_lm_eval_runs_it(tiny, tmp_path):
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    rows = [dict(text=f"The capital of {c['name']} is", answer=f" {c['capital']}") for c in microworld.COUNTRIES[:12]]
+    rows = [dict(text=f"The capital of {c['name']} is", answer=f" {c['capital']}") for c in world.COUNTRIES[:12]]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     (tmp_path / "capitals.yaml").write_text(f"""task: capitals
 dataset_path: json
@@ -118,7 +122,7 @@ def test_the_card_belongs_to_these_weights_and_no_gate_is_missed_but_the_one_we_
 def test_the_base_behaves_as_its_card_says(tiny):
     "Measured again: what `make gates` wrote is what this machine sees, give or take a few of 570 items (arithmetic differs from one CPU to the next)."
     card = json.loads((models.tiny_path() / "gates.json").read_text())
-    figures = pretraining.base_figures(*tiny, microworld.test_set())
+    figures = pretraining.base_figures(*tiny, world.test_set())
     assert pretraining.unexpected(card | figures) == []
     assert all(abs(figures[key] - card[key]) <= 2 for key in figures)
 
@@ -127,7 +131,7 @@ CHILD = """
 import sys, time
 import numpy as np
 from transformers import AutoTokenizer
-from sftlab.pretraining import new_model, pretrain, TINY
+from sftlab.tiny.pretraining import new_model, pretrain, TINY
 model = new_model(AutoTokenizer.from_pretrained(TINY), hidden=64, layers=1)
 if "slow" in sys.argv: model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
 pretrain(model, np.fromfile(sys.argv[1], dtype=np.uint16), sys.argv[2], 30, batch=2, length=64, save_every=5)
@@ -148,7 +152,8 @@ def test_pretraining_killed_at_any_moment_ends_with_the_same_weights(tiny, tmp_p
     broken = tmp_path / "broken"
     for after in ("step-000005", "step-000020"):  # killed a moment after this checkpoint was there
         child = subprocess.Popen(run(broken, "slow"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (broken / after).exists() and child.poll() is None: time.sleep(0.01)
+        while not (broken / after).exists() and child.poll() is None:
+            time.sleep(0.01)
         time.sleep(0.15)
         child.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL, "it ended before it could be killed"
@@ -161,5 +166,6 @@ def test_pretraining_killed_at_any_moment_ends_with_the_same_weights(tiny, tmp_p
 
 def test_a_run_of_another_recipe_is_refused(tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps({"stages": [], "world": "another"}))
-    with pytest.raises(SystemExit, match="another recipe"): pretraining.build(pretraining.STAGES[:1], work=tmp_path, folder=tmp_path / "out")
+    with pytest.raises(SystemExit, match="another recipe"):
+        pretraining.build(pretraining.STAGES[:1], work=tmp_path, folder=tmp_path / "out")
     assert not (tmp_path / "out").exists()

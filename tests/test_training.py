@@ -20,8 +20,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments, get_scheduler
 
 import sftlab.training as training
-from sftlab.training import (FAST, SCHEDULES, LossPlot, Settings, TrainingError, check_rows, count_steps, count_targets, decay_groups, effective_batches, end_to_end, epoch_order,
-                             evaluate_nll, next_labels, nll_sum, padded, rate_factor, target_nll_sum, train, warmup_steps)
+from sftlab.training import (PADDING_FREE, SCHEDULES, LossPlot, TrainingConfig, TrainingError, check_rows, count_steps, count_targets, decay_groups, effective_batches, flatten_rows, epoch_order,
+                             evaluate_nll, next_labels, nll_sum, padded, lr_multiplier, target_nll_sum, train, warmup_steps)
 
 matplotlib.use("Agg")
 
@@ -50,7 +50,8 @@ batches_of_rows = st.lists(row, min_size=1, max_size=5)
 
 
 def weights(model): return [p.detach() for p in model.parameters()]
-def same(these, those): return len(these) == len(those) > 0 and all(a.equal(b) for a, b in zip(these, those))
+def same(these, those):
+    return len(these) == len(those) > 0 and all(a.equal(b) for a, b in zip(these, those))
 def quiet_train(model, rows, s, **more): return train(model, rows, s, disable_tqdm=True, **more)
 
 
@@ -60,8 +61,10 @@ def recorded(run):
     "What `run` returns, and the clipped gradients before each optimiser step."
     gradients = []
     hook = register_optimizer_step_pre_hook(lambda opt, *_: gradients.append([p.grad.clone() for g in opt.param_groups for p in g["params"]]))
-    try: return run(), gradients
-    finally: hook.remove()
+    try:
+        return run(), gradients
+    finally:
+        hook.remove()
 
 
 def trainers_run(model, rows, s, folder):
@@ -78,7 +81,7 @@ def trainers_run(model, rows, s, folder):
 @pytest.mark.parametrize("more", [dict(lr_scheduler_type="cosine", warmup_steps=3), dict(lr_scheduler_type="linear", warmup_steps=0.3), dict(lr_scheduler_type="constant", warmup_steps=0),
                                   dict(lr_scheduler_type="constant_with_warmup", warmup_steps=2, bf16=True)], ids=lambda more: more["lr_scheduler_type"])
 def test_gradients_weights_and_rates_are_the_trainers(size, more, tmp_path):
-    s = Settings(epochs=2, batch_size=size, gradient_accumulation_steps=8 // size, learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.5, shuffle=False, **more)
+    s = TrainingConfig(epochs=2, batch_size=size, gradient_accumulation_steps=8 // size, learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.5, shuffle=False, **more)
     mine, other = small(), small()
     ours, our_gradients = recorded(lambda: quiet_train(mine, ROWS, s))
     theirs, their_gradients = recorded(lambda: trainers_run(other, ROWS, s, tmp_path))
@@ -92,15 +95,18 @@ def test_gradients_weights_and_rates_are_the_trainers(size, more, tmp_path):
 def test_the_tiny_model_too_and_with_an_adapter(tmp_path):
     from peft import LoraConfig, get_peft_model
     from sftlab.finetune import encode
-    from sftlab.microworld import examples, to_messages
+    from sftlab.tiny.world import examples, to_messages
     from sftlab.models import load
     tokenizer = load("tiny")[1]
     rows = [dict(input_ids=list(ids), labels=list(labels)) for ids, labels in encode(tokenizer, [to_messages(e) for e in examples("train", 20)])]
-    def adapted(): torch.manual_seed(0); return get_peft_model(load("tiny")[0], LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    s = Settings(epochs=1, batch_size=2, gradient_accumulation_steps=4, learning_rate=1e-3, weight_decay=0.1, shuffle=False)
+    def adapted():
+        torch.manual_seed(0)
+        return get_peft_model(load("tiny")[0], LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    s = TrainingConfig(epochs=1, batch_size=2, gradient_accumulation_steps=4, learning_rate=1e-3, weight_decay=0.1, shuffle=False)
     for make in (lambda: load("tiny")[0], adapted):
         mine, other = make(), make()
-        quiet_train(mine, rows, s); trainers_run(other, rows, s, tmp_path)
+        quiet_train(mine, rows, s)
+        trainers_run(other, rows, s, tmp_path)
         assert same(weights(mine), weights(other)) and not same(weights(mine), weights(make()))
 
 
@@ -109,8 +115,8 @@ def test_the_comparison_would_notice(change, tmp_path):
     "The control: with one detail changed the weights differ (a step of 8 rows taken as 4 x 1 is another effective batch)."
     base = dict(epochs=2, batch_size=2, gradient_accumulation_steps=4, learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.5, lr_scheduler_type="cosine", warmup_steps=2, shuffle=False)
     mine, other = small(), small()
-    trainers_run(other, ROWS, Settings(**base), tmp_path)
-    quiet_train(mine, ROWS, Settings(**base | change))
+    trainers_run(other, ROWS, TrainingConfig(**base), tmp_path)
+    quiet_train(mine, ROWS, TrainingConfig(**base | change))
     assert not same(weights(mine), weights(other))
 
 
@@ -121,8 +127,9 @@ def test_schedules_are_those_of_transformers(steps, wanted, schedule):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-4)
     scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
     for step in range(steps):
-        assert scheduler.get_last_lr()[0] == 3e-4 * rate_factor(step, steps, schedule, warmup)
-        optimizer.step(); scheduler.step()
+        assert scheduler.get_last_lr()[0] == 3e-4 * lr_multiplier(step, steps, schedule, warmup)
+        optimizer.step()
+        scheduler.step()
 
 
 def test_what_decays_is_what_decays_there(tmp_path):
@@ -142,7 +149,7 @@ def test_the_loss_is_the_models_own(rows):
     with torch.no_grad():
         assert (nll_sum(model, batch) / count_targets(batch)).equal(model(**batch).loss)
         one_by_one = sum(nll_sum(model, padded([r])).item() for r in rows)
-        for collate, loss_fn in [(padded, nll_sum), (padded, target_nll_sum), (end_to_end, nll_sum), (end_to_end, target_nll_sum)]:
+        for collate, loss_fn in [(padded, nll_sum), (padded, target_nll_sum), (flatten_rows, nll_sum), (flatten_rows, target_nll_sum)]:
             assert int(count_targets(collate(rows))) == sum(l != -100 for r in rows for l in r["labels"][1:])
             assert loss_fn(model, collate(rows)).item() == pytest.approx(one_by_one, rel=1e-5)  # float32, sums of up to 60 terms
 
@@ -156,7 +163,8 @@ def test_labels_are_moved_once():
 def gradients(model, rows, size, collate, loss_fn):
     model.zero_grad()
     batches = [collate(rows[i:i + size]) for i in range(0, len(rows), size)]
-    for batch in batches: (loss_fn(model, batch) / sum(map(count_targets, batches))).backward()
+    for batch in batches:
+        (loss_fn(model, batch) / sum(map(count_targets, batches))).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -166,13 +174,13 @@ def test_gradients_do_not_depend_on_how_rows_are_laid_out(rows, size):
     "Up to float32's rounding: 2**-24 = 6e-8 an operation, a few dozen of them."
     model = small()
     whole = gradients(model, rows, len(rows), padded, nll_sum)
-    for collate, loss_fn in [(padded, nll_sum), (padded, target_nll_sum), (end_to_end, target_nll_sum)]:
+    for collate, loss_fn in [(padded, nll_sum), (padded, target_nll_sum), (flatten_rows, target_nll_sum)]:
         assert (gradients(model, rows, size, collate, loss_fn) - whole).norm() < 5e-6 * whole.norm()
 
 
 def test_rows_end_to_end_would_leak_without_their_positions():
     model, rows = small(), ROWS[:4]
-    batch = end_to_end(rows)
+    batch = flatten_rows(rows)
     alone = sum(nll_sum(model, padded([r])).item() for r in rows)
     assert nll_sum(model, batch).item() == pytest.approx(alone, rel=1e-6)
     del batch["position_ids"]
@@ -188,8 +196,9 @@ def test_the_quick_loss_takes_adapters_and_models_that_change_their_logits():
                                            final_logit_softcapping=0.5, attn_implementation="eager")).eval()
     adapted = get_peft_model(small(), LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=[3, 5], task_type="CAUSAL_LM", init_lora_weights=False)).eval()
     for model in (gemma, adapted):
-        with torch.no_grad(): assert target_nll_sum(model, padded(ROWS[:5])).item() == pytest.approx(nll_sum(model, padded(ROWS[:5])).item(), rel=1e-6)
-    history = quiet_train(adapted, ROWS, Settings(epochs=1), **FAST)
+        with torch.no_grad():
+            assert target_nll_sum(model, padded(ROWS[:5])).item() == pytest.approx(nll_sum(model, padded(ROWS[:5])).item(), rel=1e-6)
+    history = quiet_train(adapted, ROWS, TrainingConfig(epochs=1), **PADDING_FREE)
     assert len(history) == 4
 
 
@@ -198,14 +207,16 @@ def test_the_model_is_left_as_it_was_by_the_quick_loss():
     before = model(torch.tensor([ROWS[0]["input_ids"]])).logits
     target_nll_sum(model, padded(ROWS[:2]))
     assert model(torch.tensor([ROWS[0]["input_ids"]])).logits.equal(before) and not model.lm_head._forward_pre_hooks
-    with pytest.raises(Exception): target_nll_sum(model, dict(padded(ROWS[:2]), input_ids=torch.tensor([[99]])))
+    with pytest.raises(Exception):
+        target_nll_sum(model, dict(padded(ROWS[:2]), input_ids=torch.tensor([[99]])))
     assert not model.lm_head._forward_pre_hooks  # after an error too
 
 
-@pytest.mark.parametrize("way", [{}, FAST], ids=["plain", "fast"])
+@pytest.mark.parametrize("way", [{}, PADDING_FREE], ids=["plain", "fast"])
 def test_perplexity_does_not_depend_on_batches_or_order(way):
     model = small().train()
-    with torch.no_grad(): want = sum(nll_sum(model.eval(), padded([r])).item() for r in ROWS) / (tokens := sum(int(count_targets(padded([r]))) for r in ROWS))
+    with torch.no_grad():
+        want = sum(nll_sum(model.eval(), padded([r])).item() for r in ROWS) / (tokens := sum(int(count_targets(padded([r]))) for r in ROWS))
     model.train()
     for size in (1, 3, 8, 100):
         for rows in (ROWS, ROWS[::-1]):
@@ -221,12 +232,13 @@ def test_perplexity_does_not_depend_on_batches_or_order(way):
 
 @given(n=st.integers(1, 40), size=st.integers(1, 5), accumulate=st.integers(1, 4), epochs=st.integers(1, 3), seed=st.integers(0, 99), shuffle=st.booleans(), data=st.data())
 def test_every_row_once_an_epoch_and_any_start_continues(n, size, accumulate, epochs, seed, shuffle, data):
-    s = Settings(epochs=epochs, batch_size=size, gradient_accumulation_steps=accumulate, seed=seed, shuffle=shuffle)
+    s = TrainingConfig(epochs=epochs, batch_size=size, gradient_accumulation_steps=accumulate, seed=seed, shuffle=shuffle)
     steps = list(effective_batches(range(n), s, collate=list))
     assert len(steps) == count_steps(n, s)
     assert all(1 <= len(batches) <= accumulate and all(1 <= len(b) <= size for b in batches) for _, batches in steps)
     flat = [i for _, batches in steps for b in batches for i in b]
-    for e in range(epochs): assert sorted(flat[e * n:(e + 1) * n]) == list(range(n)) and (shuffle or flat[e * n:(e + 1) * n] == list(range(n)))
+    for e in range(epochs):
+        assert sorted(flat[e * n:(e + 1) * n]) == list(range(n)) and (shuffle or flat[e * n:(e + 1) * n] == list(range(n)))
     assert [e for e, _ in steps if e.is_integer()] == list(range(1, epochs + 1)) == sorted({math.ceil(e) for e, _ in steps})
     start = data.draw(st.integers(0, len(steps)))
     assert list(effective_batches(range(n), s, collate=list, start=start)) == steps[start:]
@@ -250,15 +262,18 @@ def test_orders_differ_between_epochs_and_seeds():
 ])
 def test_rows_that_cannot_be_learned_are_named(bad, says):
     model = small()
-    with pytest.raises(TrainingError, match=says): quiet_train(model, [*ROWS[:2], bad, *ROWS[2:]], Settings())
-    with pytest.raises(TrainingError, match="held-out " + says): quiet_train(model, ROWS, Settings(), eval_rows=[*ROWS[:2], bad])
+    with pytest.raises(TrainingError, match=says):
+        quiet_train(model, [*ROWS[:2], bad, *ROWS[2:]], TrainingConfig())
+    with pytest.raises(TrainingError, match="held-out " + says):
+        quiet_train(model, ROWS, TrainingConfig(), eval_rows=[*ROWS[:2], bad])
     assert same(weights(model), weights(small()))
     check_rows(ROWS, model)
 
 
 def test_no_rows_are_refused():
     for rows, more, says in [([], {}, "there is no row"), (ROWS, dict(eval_rows=[]), "there is no held-out row")]:
-        with pytest.raises(TrainingError, match=says): quiet_train(small(), rows, Settings(), **more)
+        with pytest.raises(TrainingError, match=says):
+            quiet_train(small(), rows, TrainingConfig(), **more)
 
 
 @pytest.mark.parametrize("wrong, says", [
@@ -266,19 +281,24 @@ def test_no_rows_are_refused():
     (dict(epochs=0), "epochs is 0"), (dict(epochs=1.5), "epochs is 1.5"), (dict(batch_size=-1), "batch_size"), (dict(gradient_accumulation_steps="4"), "gradient_accumulation_steps is '4'"),
     (dict(learning_rate=-1e-3), "learning_rate"), (dict(learning_rate=float("nan")), "learning_rate is nan"), (dict(warmup_steps=-1), "warmup_steps"), (dict(max_grad_norm=-1), "max_grad_norm")])
 def test_settings_that_cannot_be_right(wrong, says):
-    with pytest.raises(TrainingError, match=says): Settings(**wrong)
+    with pytest.raises(TrainingError, match=says):
+        TrainingConfig(**wrong)
 
 
 def test_a_loss_that_is_no_number_stops_the_run():
     model = small()
-    with torch.no_grad(): model.model.embed_tokens.weight[ROWS[0]["input_ids"][0]] = math.nan
-    with pytest.raises(TrainingError, match="the loss is nan"): quiet_train(model, ROWS[:4], Settings())
+    with torch.no_grad():
+        model.model.embed_tokens.weight[ROWS[0]["input_ids"][0]] = math.nan
+    with pytest.raises(TrainingError, match="the loss is nan"):
+        quiet_train(model, ROWS[:4], TrainingConfig())
 
 
 def test_a_card_without_bfloat16_is_refused(monkeypatch):
-    class Old: device = torch.device("cuda")
+    class Old:
+        device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    with pytest.raises(TrainingError, match="bf16=False"): training._autocast(Old, True)
+    with pytest.raises(TrainingError, match="bf16=False"):
+        training._autocast(Old, True)
     training._autocast(Old, False)
 
 
@@ -286,7 +306,7 @@ def test_a_card_without_bfloat16_is_refused(monkeypatch):
 
 def test_the_history_says_what_happened():
     model, seen = small(), []
-    history = quiet_train(model, ROWS, Settings(epochs=2, learning_rate=1e-2), eval_rows=ROWS[:8], watch=lambda history, steps: seen.append((history[-1]["step"], steps)))
+    history = quiet_train(model, ROWS, TrainingConfig(epochs=2, learning_rate=1e-2), eval_rows=ROWS[:8], watch=lambda history, steps: seen.append((history[-1]["step"], steps)))
     assert list(history["step"]) == list(range(9)) and seen == [(i, 8) for i in range(1, 9)]
     assert list(history[history["eval_nll"].notna()]["epoch"]) == [0, 1, 2] and history["eval_nll"].iloc[-1] == evaluate_nll(model, ROWS[:8]).nll
     assert history["tokens"].sum() == 2 * evaluate_nll(model, ROWS).tokens and not model.training
@@ -296,7 +316,8 @@ def test_the_history_says_what_happened():
 
 def test_the_seed_decides(tmp_path):
     a, b, c = small(), small(), small()
-    for model, seed in ((a, 0), (b, 0), (c, 1)): quiet_train(model, ROWS, Settings(epochs=1, seed=seed, learning_rate=1e-2))
+    for model, seed in ((a, 0), (b, 0), (c, 1)):
+        quiet_train(model, ROWS, TrainingConfig(epochs=1, seed=seed, learning_rate=1e-2))
     assert same(weights(a), weights(b)) and not same(weights(a), weights(c))
 
 
@@ -308,10 +329,10 @@ def test_the_plot_is_drawn_and_updated(monkeypatch):
     class Handle:
         def update(self, fig): shown.append(fig)
     monkeypatch.setattr(IPython.display, "display", lambda fig, display_id: shown.append(fig) or Handle())
-    quiet_train(small(), ROWS, Settings(epochs=1), eval_rows=ROWS[:4], watch=LossPlot(every=0))
+    quiet_train(small(), ROWS, TrainingConfig(epochs=1), eval_rows=ROWS[:4], watch=LossPlot(every=0))
     assert len(shown) == 4 and len(shown[-1].axes[0].lines) == 2 and shown[-1].axes[0].get_xlabel() and "nats" in shown[-1].axes[0].get_ylabel()
     shown.clear()
-    quiet_train(small(), ROWS, Settings(epochs=1), watch=LossPlot(every=1000))
+    quiet_train(small(), ROWS, TrainingConfig(epochs=1), watch=LossPlot(every=1000))
     assert len(shown) == 2  # the first step and the last
     assert not plt.get_fignums()
 
@@ -323,7 +344,7 @@ def test_importing_brings_no_torch():
 
 # --- checkpoints
 
-S = Settings(epochs=2, batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-2, warmup_steps=2)  # 8 steps
+S = TrainingConfig(epochs=2, batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-2, warmup_steps=2)  # 8 steps
 
 
 def stop_at(step, error=KeyboardInterrupt):
@@ -353,12 +374,17 @@ def test_stopped_anywhere_it_ends_the_same(stops, straight, tmp_path):
 @pytest.mark.parametrize("lost", ["random", "optimizer", "weights", "order"])
 def test_each_part_of_a_checkpoint_counts(lost, straight, tmp_path, monkeypatch):
     "The control: without one part of it the weights differ."
-    with pytest.raises(KeyboardInterrupt): quiet_train(small(attention_dropout=0.2), ROWS, S, eval_rows=ROWS[:5], checkpoints=tmp_path, save_steps=2, watch=stop_at(5))
+    with pytest.raises(KeyboardInterrupt):
+        quiet_train(small(attention_dropout=0.2), ROWS, S, eval_rows=ROWS[:5], checkpoints=tmp_path, save_steps=2, watch=stop_at(5))
     model = small(attention_dropout=0.2)
-    if lost == "random": monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
-    if lost == "optimizer": monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda self, state: None)
-    if lost == "weights": monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: self)
-    if lost == "order": monkeypatch.setattr(training, "effective_batches", lambda rows, s, collate, start: list(effective_batches(rows, s, collate))[:len(list(effective_batches(rows, s, list))) - start])
+    if lost == "random":
+        monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
+    if lost == "optimizer":
+        monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda self, state: None)
+    if lost == "weights":
+        monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: self)
+    if lost == "order":
+        monkeypatch.setattr(training, "effective_batches", lambda rows, s, collate, start: list(effective_batches(rows, s, collate))[:len(list(effective_batches(rows, s, list))) - start])
     quiet_train(model, ROWS, S, eval_rows=ROWS[:5], checkpoints=tmp_path, save_steps=2)
     assert not same(weights(model), straight[0])
 
@@ -375,19 +401,23 @@ def test_a_finished_run_is_not_run_again(straight, tmp_path):
 def half_way(tmp_path_factory):
     "Checkpoints after steps 2 and 4 of 8."
     folder = tmp_path_factory.mktemp("half") / "run"
-    with pytest.raises(KeyboardInterrupt): quiet_train(small(), ROWS, S, checkpoints=folder, save_steps=2, watch=stop_at(5))
+    with pytest.raises(KeyboardInterrupt):
+        quiet_train(small(), ROWS, S, checkpoints=folder, save_steps=2, watch=stop_at(5))
     return folder
 
 
-def go_on(folder, model=None, rows=ROWS, s=S, **more): return quiet_train(model or small(), rows, s, checkpoints=folder, **more)
+def go_on(folder, model=None, rows=ROWS, s=S, **more):
+    return quiet_train(model or small(), rows, s, checkpoints=folder, **more)
 
 
 def test_a_checkpoint_is_numbers_and_text(half_way):
     newest = half_way / "step-00000004"
     assert sorted(p.name for p in newest.iterdir()) == ["SHA256SUMS", "model.safetensors", "optimizer.safetensors", "state.json"]
-    if shutil.which("sha256sum"): subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=newest, check=True, capture_output=True)
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=newest, check=True, capture_output=True)
     from safetensors.torch import load_file
-    for name in ("model", "optimizer"): assert load_file(newest / f"{name}.safetensors")
+    for name in ("model", "optimizer"):
+        assert load_file(newest / f"{name}.safetensors")
     assert json.loads((newest / "state.json").read_text())["run"]["learning_rate"] == 1e-2
 
 
@@ -396,7 +426,9 @@ def test_a_damaged_file_is_named(name, half_way, tmp_path):
     shutil.copytree(half_way, tmp_path / "run")
     path, rng = tmp_path / "run" / "step-00000004" / name, random.Random(name)
     content, before = path.read_bytes(), weights(small())
-    def flipped(): at = rng.randrange(8 * len(content)); return content[:at // 8] + bytes([content[at // 8] ^ 1 << at % 8]) + content[at // 8 + 1:]
+    def flipped():
+        at = rng.randrange(8 * len(content))
+        return content[:at // 8] + bytes([content[at // 8] ^ 1 << at % 8]) + content[at // 8 + 1:]
     for damaged in [content[:length] for length in (0, 1, len(content) // 2, len(content) - 1)] + [content + b"\n", content + content] + [flipped() for _ in range(40)] + [None]:
         path.unlink(missing_ok=True)
         if damaged is not None: path.write_bytes(damaged)
@@ -411,29 +443,33 @@ def test_after_the_damaged_one_is_deleted_it_goes_on_from_the_one_before(half_wa
     shutil.copytree(half_way, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "step-00000004")
     mine, whole = small(), small()
-    go_on(tmp_path / "run", mine); quiet_train(whole, ROWS, S)
+    go_on(tmp_path / "run", mine)
+    quiet_train(whole, ROWS, S)
     assert same(weights(mine), weights(whole))
 
 
 @pytest.mark.parametrize("change, says", [
     (dict(rows=ROWS[:29]), "rows 30, now 29"), (dict(rows=ROWS[::-1]), "data "), (dict(rows=[*ROWS[:-1], dict(ROWS[-1], labels=ROWS[-1]["input_ids"])]), "data "), (dict(eval_rows=ROWS[:3]), "data "),
-    (dict(s=Settings(**vars(S) | dict(learning_rate=2e-2))), "learning_rate 0.01, now 0.02"), (dict(s=Settings(**vars(S) | dict(seed=1, epochs=3))), "epochs 2, now 3; seed 0, now 1"),
-    (dict(FAST), "collate padded, now end_to_end; loss_fn nll_sum, now target_nll_sum")])
+    (dict(s=TrainingConfig(**vars(S) | dict(learning_rate=2e-2))), "learning_rate 0.01, now 0.02"), (dict(s=TrainingConfig(**vars(S) | dict(seed=1, epochs=3))), "epochs 2, now 3; seed 0, now 1"),
+    (dict(PADDING_FREE), "collate padded, now flatten_rows; loss_fn nll_sum, now target_nll_sum")])
 def test_another_run_is_refused_with_what_differs(change, says, half_way):
-    with pytest.raises(TrainingError, match="belongs to another run") as caught: go_on(half_way, **change)
+    with pytest.raises(TrainingError, match="belongs to another run") as caught:
+        go_on(half_way, **change)
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("model, says", [(lambda: small(1), "weights"), (lambda: small(num_hidden_layers=3), "parameters"), (lambda: small(hidden_size=64), "parameters"),
                                          (lambda: small().bfloat16(), "weights"), (lambda: small().requires_grad_(False).get_output_embeddings().requires_grad_(True) and small(2), "weights")])
 def test_another_model_is_refused(model, says, half_way):
-    with pytest.raises(TrainingError, match=f"belongs to another run .*{says}"): go_on(half_way, model())
+    with pytest.raises(TrainingError, match=f"belongs to another run .*{says}"):
+        go_on(half_way, model())
 
 
 def test_a_model_that_was_trained_meanwhile_is_refused(half_way):
     model = small()
-    quiet_train(model, ROWS[:8], Settings(epochs=1, warmup_steps=0))
-    with pytest.raises(TrainingError, match="load the same model anew"): go_on(half_way, model)
+    quiet_train(model, ROWS[:8], TrainingConfig(epochs=1, warmup_steps=0))
+    with pytest.raises(TrainingError, match="load the same model anew"):
+        go_on(half_way, model)
 
 
 def test_only_what_is_trained_is_kept_and_the_rest_is_checked(tmp_path):
@@ -442,12 +478,15 @@ def test_only_what_is_trained_is_kept_and_the_rest_is_checked(tmp_path):
         for layer in model.model.layers: layer.mlp.requires_grad_(True)
         with torch.no_grad(): model.model.embed_tokens.weight += shift
         return model
-    with pytest.raises(KeyboardInterrupt): go_on(tmp_path, frozen(), save_steps=2, watch=stop_at(5))
+    with pytest.raises(KeyboardInterrupt):
+        go_on(tmp_path, frozen(), save_steps=2, watch=stop_at(5))
     from safetensors.torch import load_file
     assert all("mlp" in name for name in load_file(tmp_path / "step-00000004" / "model.safetensors"))
-    with pytest.raises(TrainingError, match="weights"): go_on(tmp_path, frozen(shift=1.0))
+    with pytest.raises(TrainingError, match="weights"):
+        go_on(tmp_path, frozen(shift=1.0))
     mine, whole = frozen(), frozen()
-    go_on(tmp_path, mine); quiet_train(whole, ROWS, S)
+    go_on(tmp_path, mine)
+    quiet_train(whole, ROWS, S)
     assert same(weights(mine), weights(whole))
 
 
@@ -461,7 +500,8 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(half_way, tmp_path, mo
         m.setattr(safetensors.torch, "save_file", full)
         with pytest.raises(OSError, match="No space left"): go_on(tmp_path / "run", save_steps=1)
     mine, whole = small(), small()
-    go_on(tmp_path / "run", mine); quiet_train(whole, ROWS, S)
+    go_on(tmp_path / "run", mine)
+    quiet_train(whole, ROWS, S)
     assert same(weights(mine), weights(whole)) and not list((tmp_path / "run").glob("*.part"))
 
 
@@ -487,7 +527,7 @@ PROGRAM = """
     after = moment.endswith("+")
     safetensors.torch.save_file, os.replace, training.shutil.rmtree = dying("save", save, after), dying("replace", replace, after), dying("rmtree", rmtree, after)
     model = small()
-    training.train(model, make_rows(30), training.Settings(epochs=8, learning_rate=1e-3), checkpoints={folder!r}, save_steps=3, disable_tqdm=True)
+    training.train(model, make_rows(30), training.TrainingConfig(epochs=8, learning_rate=1e-3), checkpoints={folder!r}, save_steps=3, disable_tqdm=True)
     save({{name: p.detach() for name, p in model.named_parameters()}}, {result!r})
 """
 

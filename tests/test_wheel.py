@@ -176,7 +176,7 @@ def test_notebooks_use_the_wheel(python, course, tmp_path):
         run(course / "probe.ipynb", tmp_path / "refused", limit=60 * FACTOR)
 
 
-@pytest.mark.parametrize("name", ["reference/micro_world.ipynb", "07_lora.ipynb"])
+@pytest.mark.parametrize("name", ["reference/tiny/world.ipynb", "07_lora.ipynb"])
 def test_a_notebook_of_the_wheel_runs(python, course, tmp_path, name):
     "Lesson 7 trains, and reads what long experiments left beside the lessons."
     run(course / name, tmp_path / "refused", limit=3 * FACTOR * BUDGET.get(f"nbs/{name}", 60), python=python)

@@ -5,7 +5,7 @@ import re
 import pytest
 from hypothesis import given, strategies as st
 
-from sftlab.microworld import (KINDS, content_leaks, copy_clozes, examples, fact_clozes, leaks, make_example, make_list,
+from sftlab.tiny.world import (KINDS, content_leaks, copy_clozes, examples, fact_clozes, leaks, make_example, make_list,
                                make_numbers, make_passage, make_problem, make_sentence, make_sum, split_of, test_set as items_of_test)
 
 SPLITS = ("train", "validation", "test")

@@ -6,11 +6,11 @@ from itertools import islice
 import pytest
 from hypothesis import given, strategies as st
 
-from sftlab import microtexts
-from sftlab.microtexts import PRACTICE, TEXTS, documents, expand, pieces, templates
-from sftlab.microworld import UNSEEN_COUNTRIES, content_leaks, examples, leaks, test_set as items_of_test
+from sftlab.tiny import texts
+from sftlab.tiny.texts import PRACTICE, TEXTS, documents, expand, pieces, templates
+from sftlab.tiny.world import UNSEEN_COUNTRIES, content_leaks, examples, leaks, test_set as items_of_test
 from sftlab.models import tiny_path
-from sftlab.pretraining import STAGES
+from sftlab.tiny.pretraining import STAGES
 
 FILES = sorted(path.stem for path in TEXTS.glob("*.txt"))
 
@@ -23,7 +23,7 @@ def test_choices_are_made_from_the_inside_out():
 @pytest.mark.parametrize("name", FILES)
 def test_every_template_is_well_formed(name):
     "Brackets balance, no slot is unknown, and no choice leaves a bracket, a double space or a space before a mark."
-    slots = {"en": microtexts._english_slots, "zh": microtexts._chinese_slots}[name[-2:]]
+    slots = {"en": texts._english_slots, "zh": texts._chinese_slots}[name[-2:]]
     for piece in templates(name):
         for line in piece:
             depth = 0
@@ -33,9 +33,10 @@ def test_every_template_is_well_formed(name):
             assert depth == 0, line
         for seed in range(30):
             rng = random.Random(seed)
-            text = microtexts.compose(piece, rng, " " if name.endswith("en") else "", **slots(rng))
+            text = texts.compose(piece, rng, " " if name.endswith("en") else "", **slots(rng))
             assert not re.search(r"[\[\]{}|]|  | [.,;!?]", text), text
-            if name.endswith("en"): assert text.isascii() and not re.search(r"\b[Aa] [aeio]\w|\b[Aa]n [bcdfgjklmnpqrstvwz]\w", re.sub(r"\b[Aa] (one|once)\b", "", text)), text
+            if name.endswith("en"):
+                assert text.isascii() and not re.search(r"\b[Aa] [aeio]\w|\b[Aa]n [bcdfgjklmnpqrstvwz]\w", re.sub(r"\b[Aa] (one|once)\b", "", text)), text
 
 
 @given(st.integers(0, 100_000), st.sampled_from(list(PRACTICE)))
@@ -52,7 +53,7 @@ def test_results_of_example_calls_are_right():
     "Run the assertions that stand in the functions written for the model."
     rng, checked = random.Random(0), 0
     for _ in range(800):
-        text = microtexts._function(rng)
+        text = texts._function(rng)
         if "\nassert " in text and text.startswith(("def", "#")):
             exec(text, {})  # our own text, from the generator
             checked += 1
