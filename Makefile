@@ -1,48 +1,68 @@
 # `make help` explains every target. Written for GNU make 3.81 (macOS) and later.
 BIN := .venv/bin
-INSTALLED := .venv/.installed
+LAB := .venv/.installed
+DEV := .venv/.installed-dev
+PINS := settings.ini setup.py pyproject.toml constraints.txt tools/setup.sh tools/uv_settings.py
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test bench experiments exercises nbgrader docs readme tiny-model gates clean
+.PHONY: help lab test test-quick test-all lint bench experiments lessons exercises nbgrader docs readme tiny-model gates clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
-$(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt tools/setup.sh
-	@sh tools/setup.sh
+$(LAB): $(PINS)
+	@sh tools/setup.sh lab
 
-lab: $(INSTALLED) ## copy the course into workspace/ and open it in JupyterLab (LAB_ARGS=--no-browser on a server)
+$(DEV): $(PINS)
+	@sh tools/setup.sh dev
+
+lab: $(LAB) ## copy the course into workspace/ and open it in JupyterLab (LAB_ARGS=--no-browser on a server)
 	@$(BIN)/sftlab lab workspace $(LAB_ARGS)
 
-test: $(INSTALLED) ## run every notebook, the tests and the browser test, two at a time (TEST_ARGS="-k models" for a part)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(TEST_ARGS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-bench: $(INSTALLED) ## time our training and data preparation against TRL's, on a quiet machine (SFTLAB_REAL_DATA=… for real files too)
+test: $(DEV) lint ## set up, check the form, run every notebook, the tests and the browser test (TEST_ARGS="-k models" for a part)
+	@$(PYTEST) $(TEST_ARGS)
+
+test-quick: $(DEV) lint ## for authors, in three minutes: what trains nothing and starts no notebook
+	@$(PYTEST) --quick $(TEST_ARGS)
+
+test-all: $(DEV) lint ## whole matrices, and as many kills as patience allows: what is too long for every change
+	@$(PYTEST) --all $(TEST_ARGS)
+
+lint: $(DEV) ## check the form of notebooks, tests and tools
+	@$(BIN)/ruff check --quiet .
+
+bench: $(DEV) ## time our training and data preparation against TRL's, on a quiet machine (SFTLAB_REAL_DATA=… for real files too)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -c "from sftlab.study.bench import main; main()"
 
 NAME ?= all
-experiments: $(INSTALLED) ## run the long experiments whose code has changed (NAME=… for one of them); goes on where it was stopped
-	@$(BIN)/python -c "from sftlab.study.experiments import main; main('$(NAME)')"
+HOW ?= run
+experiments: $(DEV) ## run the long experiments whose code has changed (NAME=… for one; HOW=confirm where it was only rewritten)
+	@$(BIN)/python -c "from sftlab.study.experiments import main; main('$(NAME)', '$(HOW)')"
 
-exercises: $(INSTALLED) ## make the learners' notebooks and sftlab/study/checks/ from exercises/solutions/
+exercises: $(DEV) ## make the learners' notebooks and sftlab/study/checks/ from exercises/solutions/
 	@$(BIN)/nbdev_clean --fname exercises/solutions
 	@$(BIN)/nbdev_export --path exercises/solutions
-	@$(BIN)/python -c "from sftlab.study.exercises import make_notebooks; print(*make_notebooks(), sep='\n')"
+	@$(BIN)/python -c "from sftlab.study.masters import make_notebooks; print(*make_notebooks(), sep='\n')"
 
-nbgrader: $(INSTALLED) ## make a course for nbgrader in _nbgrader/ (there: nbgrader generate_assignment 01_generation)
-	@$(BIN)/python -c "from sftlab.study.exercises import make_nbgrader; print(*make_nbgrader(), sep='\n')"
+nbgrader: $(DEV) ## make a course for nbgrader in _nbgrader/ (there: nbgrader generate_assignment 01_generation)
+	@$(BIN)/python -c "from sftlab.study.masters import make_nbgrader; print(*make_nbgrader(), sep='\n')"
 
-docs: $(INSTALLED) ## build the website in _docs/ (needs Quarto)
+lessons: $(DEV) ## bring index, README, exercises' list and website in step with the table of lessons, nbs/lessons.yml
+	@$(BIN)/python tools/lessons.py
+
+docs: $(DEV) ## build the website in _docs/ (needs Quarto)
 	@$(BIN)/python tools/docs.py
 
-readme: $(INSTALLED) ## make README.md from nbs/index.ipynb
+readme: $(DEV) ## make README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
-tiny-model: $(INSTALLED) ## rebuild the tiny model from nothing: text, tokenizer, pretraining, gates (one to two hours on two cores)
-	@$(BIN)/python -c "from sftlab.tiny.pretraining import build, gates; build(); gates()"
+tiny-model: $(DEV) ## rebuild the tiny model from nothing: text, tokenizer, pretraining, gates (one to two hours on two cores)
+	@$(BIN)/python -c "from sftlab.tiny.pretraining import build_tiny_model; from sftlab.tiny.gates import gates; build_tiny_model(); gates()"
 
-gates: $(INSTALLED) ## measure whether the tiny model behaves as the lessons need
-	@$(BIN)/python -c "from sftlab.tiny.pretraining import gates; gates()"
+gates: $(DEV) ## measure whether the tiny model behaves as the lessons need
+	@$(BIN)/python -c "from sftlab.tiny.gates import gates; gates()"
 
 clean: ## remove what builds and tests leave behind (keeps .venv, workspace/ and runs/)
 	rm -rf build dist *.egg-info _proc _docs .pytest_cache .hypothesis

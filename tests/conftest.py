@@ -1,4 +1,8 @@
-"What all tests share: no network, the learner's real files where there are some, and a table of how long notebooks took."
+"""What all tests share.
+
+No network, the learner's real files where there are some, which tests run when, and tables of how long
+they took.
+"""
 import os
 import signal
 from pathlib import Path
@@ -6,11 +10,15 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+           "HF_HUB_DISABLE_TELEMETRY": "1"}
 os.environ.update(OFFLINE)  # before any test imports a library that reads them
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, a process ignores Ctrl-C, and so would the programs that it starts
-hypothesis.settings.register_profile("sftlab", deadline=None)  # a first call that loads a library is slow, not wrong
+# Started in the background, a process ignores Ctrl-C, and so would the programs that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A first call that loads a library is slow, not wrong: no deadline.
+hypothesis.settings.register_profile("sftlab", deadline=None)
 hypothesis.settings.load_profile("sftlab")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +32,7 @@ def root() -> Path:
 
 @pytest.fixture
 def real_data() -> Path:
-    "The folder of real instruction files; it is not part of the project, so most machines have none."
+    "The folder of real instruction files. It is not part of the project, so most machines have none."
     folder = os.environ.get("SFTLAB_REAL_DATA")
     if not folder:
         pytest.skip("SFTLAB_REAL_DATA names no folder of real instruction files")
@@ -32,24 +40,53 @@ def real_data() -> Path:
     return Path(folder)
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("sftlab")
+    group.addoption("--quick", action="store_true", help="leave out what trains or starts programs")
+    group.addoption("--all", action="store_true", help="whole matrices too: hours, not minutes")
+
+
+def left_out(item, quick, everything):
+    "Whether this run does without a test: `slow` ones in a quick run, `thorough` ones but in a full one."
+    if item.get_closest_marker("thorough") and not everything:
+        return True
+    return quick and item.get_closest_marker("slow") is not None
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    "Two processes share the tests (`-n 2 --dist loadgroup`): a file stays together, so that what it sets up is set up once; only notebooks, which share nothing, go anywhere."
+def pytest_collection_modifyitems(config, items):
+    """Choose tests, and share them out between two processes (`-n 2 --dist loadgroup`).
+
+    A file stays together, so that what it sets up is set up once. Only notebooks, which share nothing, go
+    anywhere; they come first, being the longest.
+    """
+    quick, everything = config.getoption("--quick"), config.getoption("--all")
+    out = [item for item in items if left_out(item, quick, everything)]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.name if item.name.startswith("test_notebook_runs") else item.path.stem))
-    items.sort(key=lambda item: not item.name.startswith("test_notebook_runs"))  # the longest first
+        alone = item.name.startswith("test_notebook_runs")
+        item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.stem))
+    items.sort(key=lambda item: not item.name.startswith("test_notebook_runs"))
+
+
+def properties(reports, name):
+    "Of the tests that recorded it, all that they recorded."
+    found = [dict(r.user_properties) for r in reports]
+    return [row for row in found if name in row]
 
 
 def pytest_terminal_summary(terminalreporter):
-    "Show each notebook's wall time beside its budget."
-    reports = [r for rs in terminalreporter.stats.values() for r in rs if getattr(r, "when", None) == "call"]
-    rows = [dict(r.user_properties) for r in reports if "notebook" in dict(r.user_properties)]
-    if rows:
+    "Show each notebook's wall time next to its budget, and how many wrong answers were rejected."
+    stats = terminalreporter.stats.values()
+    reports = [r for rs in stats for r in rs if getattr(r, "when", None) == "call"]
+    if rows := properties(reports, "notebook"):
         terminalreporter.section("notebooks, wall time")
-    for row in rows:
-        terminalreporter.write_line(f"{row['notebook']:45} {row['seconds']:6.1f} s of {row['budget']:.0f} s")
-    kills = [dict(r.user_properties)["kills"] for r in reports if "kills" in dict(r.user_properties)]
-    if kills:
+        for row in rows:
+            times = f"{row['seconds']:6.1f} s of {row['budget']:.0f} s"
+            terminalreporter.write_line(f"{row['notebook']:45} {times}")
+    if rows := properties(reports, "kills"):
         terminalreporter.section("exercises: wrong answers rejected by their name / all")
-    for row in kills:
-        terminalreporter.write_line(row)
+        for row in rows:
+            terminalreporter.write_line(row["kills"])

@@ -1,4 +1,8 @@
-"tools/setup.sh, run with make-believe interpreters: what it chooses, what it says, and what it leaves behind when it is broken off."
+"""tools/setup.sh, run with make-believe interpreters.
+
+What it chooses, what it says, and what it leaves when it is broken off.
+"""
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,10 +14,23 @@ FAKE_PYTHON = """#!/bin/sh
 case "$*" in
     *version_info*) echo {version} ;;
     *ensurepip*) exit {no_venv} ;;
-    *"-m venv"*) echo "{version} $@" >> calls; mkdir -p .venv/bin; cp pip_stand_in .venv/bin/python ;;
+    *"-m venv"*) echo "{version} $@" >> calls
+        mkdir -p .venv/bin; cp pip_stand_in .venv/bin/python ;;
 esac
 """
-PIP_STAND_IN = '#!/bin/sh\necho "$@" >> calls\ncase "$*" in *download.pytorch.org*) exit 1 ;; *-e*) exit ${PIP_FAILS:-0} ;; esac\n'
+PIP_STAND_IN = """#!/bin/sh
+echo "$@" >> calls
+case "$*" in
+    *install*uv==*) [ -z "$UV_THERE" ] || cp uv_stand_in .venv/bin/uv ;;
+    *uv_settings*) echo "export UV_FIND_LINKS=/a/folder" ;;
+    *download.pytorch.org*) exit 1 ;;
+    *" -e "*) exit ${PIP_FAILS:-0} ;;
+esac
+"""
+UV_STAND_IN = """#!/bin/sh
+echo "uv $@ from $UV_FIND_LINKS" >> calls
+case "$*" in *download.pytorch.org*) exit 1 ;; *" -e "*) exit ${UV_FAILS:-0} ;; esac
+"""
 
 
 def script(path, text):
@@ -23,27 +40,32 @@ def script(path, text):
 
 @pytest.fixture
 def house(tmp_path, root):
-    "A folder with the set-up script, and a `bin` that stands before everything else on PATH."
+    "A folder with the set-up script, and a `bin` that comes first on PATH."
     (tmp_path / "tools").mkdir()
     (tmp_path / "bin").mkdir()
-    shutil.copy(root / "tools/setup.sh", tmp_path / "tools")
+    for name in ("setup.sh", "uv_settings.py"):
+        shutil.copy(root / "tools" / name, tmp_path / "tools")
     shutil.copy(root / "constraints.txt", tmp_path)
     script(tmp_path / "pip_stand_in", PIP_STAND_IN)
+    script(tmp_path / "uv_stand_in", UV_STAND_IN)
     script(tmp_path / "bin/uname", "#!/bin/sh\necho Linux\n")
     return tmp_path
 
 
 def pythons(house, **versions):
-    "Put an interpreter of the given version behind each name: `python3='3.9'`; `+` after it means that it has its venv module."
+    "Interpreters by name: `python3='3.9'`; `+` after it means that it has its venv module."
     for name in NAMES:
         version = versions.get(name.replace(".", "_"), "")
-        text = FAKE_PYTHON.format(version=version.rstrip("+"), no_venv=int(not version.endswith("+")))
+        no_venv = int(not version.endswith("+"))
+        text = FAKE_PYTHON.format(version=version.rstrip("+"), no_venv=no_venv)
         script(house / "bin" / name, text if version else "#!/bin/sh\nexit 127\n")
 
 
-def setup(house, **env):
-    env = os.environ | {"PATH": f"{house / 'bin'}:/usr/bin:/bin", "PYTHON": "", "SFTLAB_NEED_MB": "1"} | env
-    return subprocess.run(["sh", "tools/setup.sh"], cwd=house, env=env, capture_output=True, text=True, timeout=60)
+def setup(house, *what, **env):
+    known = {"PATH": f"{house / 'bin'}:/usr/bin:/bin", "PYTHON": "", "SFTLAB_NEED_MB": "1"}
+    known |= {"UV_THERE": "", "UV_FIND_LINKS": ""}
+    return subprocess.run(["sh", "tools/setup.sh", *what], cwd=house, env=os.environ | known | env,
+                          capture_output=True, text=True, timeout=60)
 
 
 def calls(house):
@@ -56,7 +78,8 @@ def test_a_python_outside_the_range_is_named(house, version):
     pythons(house, python3=version + "+")
     done = setup(house)
     assert done.returncode == 1
-    assert done.stderr.count("\n") == 1 and f"python3 is {version}" in done.stderr and "3.11, 3.12 or 3.13" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert f"python3 is {version}" in done.stderr and "3.11, 3.12 or 3.13" in done.stderr
 
 
 def test_no_python_at_all(house):
@@ -102,18 +125,75 @@ def test_a_finished_installation_is_brought_up_to_date_in_place(house):
     assert setup(house).returncode == 0
     assert setup(house, PIP_FAILS="1").returncode == 1
     assert sum("--clear" in c for c in calls(house)) == 1
-    assert not (house / ".venv/.installed").exists(), "a broken update must not pass for a finished one"
+    assert not (house / ".venv/.installed").exists(), "a broken update passes for a finished one"
 
 
-@pytest.mark.parametrize("system, card, tried", [("Linux", False, True), ("Linux", True, False), ("Darwin", False, False)])
-def test_cpu_wheels_of_torch_are_tried_where_they_save_gigabytes(house, system, card, tried):
+@pytest.mark.parametrize("uv", ["", "yes"])
+@pytest.mark.parametrize("system, card, tried", [
+    ("Linux", False, True), ("Linux", True, False), ("Darwin", False, False)])
+def test_cpu_wheels_of_torch_are_tried_where_they_save_gigabytes(house, system, card, tried, uv):
     pythons(house, python3="3.11+")
     script(house / "bin/uname", f"#!/bin/sh\necho {system}\n")
     if card:
         script(house / "bin/nvidia-smi", "#!/bin/sh\n")
     elif shutil.which("nvidia-smi", path="/usr/bin:/bin"):
         pytest.skip("this machine has an NVIDIA card")
-    done = setup(house)
+    done = setup(house, UV_THERE=uv)
     assert done.returncode == 0  # even though the index is out of reach
     assert any("download.pytorch.org/whl/cpu" in c for c in calls(house)) == tried
-    assert calls(house)[-1].endswith("install -c constraints.txt -e .[lab,dev]")
+    assert "install -c constraints.txt -e .[lab]" in calls(house)[-1]
+
+
+def test_uv_installs_and_is_told_of_pips_settings(house):
+    pythons(house, python3="3.11+")
+    assert setup(house, UV_THERE="yes").returncode == 0
+    last = calls(house)[-1]
+    assert last.startswith("uv --no-config pip install -c constraints.txt -e .[lab]")
+    assert last.endswith("from /a/folder")
+
+
+def test_where_uv_cannot_be_had_pip_installs(house):
+    pythons(house, python3="3.11+")
+    done = setup(house)
+    assert done.returncode == 0 and (house / ".venv/.installed").exists()
+    assert calls(house)[-1] == (
+        "-m pip --disable-pip-version-check install -c constraints.txt -e .[lab]")
+
+
+def test_where_uv_fails_pip_tries(house):
+    pythons(house, python3="3.11+")
+    done = setup(house, UV_THERE="yes", UV_FAILS="1")
+    assert done.returncode == 0 and "pip tries" in done.stderr
+    assert calls(house)[-1].startswith("-m pip")
+    assert setup(house, UV_THERE="yes", UV_FAILS="1", PIP_FAILS="1").returncode == 1
+
+
+@pytest.mark.parametrize("what, extras, marks", [
+    ("lab", "[lab]", [".installed"]), ("dev", "[lab,dev]", [".installed", ".installed-dev"])])
+def test_a_learner_gets_no_tools_of_the_tests(house, what, extras, marks):
+    pythons(house, python3="3.11+")
+    assert setup(house, what).returncode == 0
+    assert calls(house)[-1].endswith(f"-e .{extras}")
+    assert sorted(p.name for p in (house / ".venv").glob(".installed*")) == marks
+
+
+def uv_settings(root):
+    spec = importlib.util.spec_from_file_location("uv_settings", root / "tools/uv_settings.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.variables
+
+
+def test_pips_settings_become_uvs(root):
+    listed = "\n".join([
+        "global.index-url='https://a.example/simple'",
+        "global.extra-index-url='https://b.example/simple\\nfile:///c d'".replace(" d", ""),
+        ":env:.find-links='/opt/wheels /more'",
+        "global.find-links='/old'",
+        "global.quiet='1'"])
+    assert uv_settings(root)(listed) == {
+        "UV_DEFAULT_INDEX": "https://a.example/simple",
+        "UV_INDEX": "https://b.example/simple file:///c",
+        "UV_FIND_LINKS": "/opt/wheels,/more",
+        "UV_INDEX_STRATEGY": "unsafe-best-match"}
+    assert uv_settings(root)("") == {}

@@ -1,10 +1,18 @@
 #!/bin/sh
-# Build .venv and install the course in it. `make` calls this when settings or pins have changed.
+# Build .venv and install the course in it: sh tools/setup.sh lab|dev
+# `lab` is what a learner needs; `dev` is that and what tests and tools need. `make` calls this when settings or pins have changed.
 #   PYTHON          the interpreter to use (default: the first of python3, python3.13, … that fits)
 #   SFTLAB_NEED_MB  free disk to ask for, in MiB
 set -eu
 cd "$(dirname "$0")/.."
-done=.venv/.installed  # written last: without it an earlier install broke off, and .venv is built anew
+case ${1:-lab} in
+    lab) extras=lab ;;
+    dev) extras=lab,dev ;;
+    *) echo "sftlab: usage: sh tools/setup.sh lab|dev" >&2; exit 2 ;;
+esac
+# Written last: without the first, an earlier install broke off, and .venv is built anew.
+done=.venv/.installed
+done_dev=.venv/.installed-dev
 
 say() { printf '%s\n' "$*" >&2; }
 die() { say "sftlab: $*"; exit 1; }
@@ -43,16 +51,41 @@ if [ ! -e "$done" ]; then
     say "Building .venv with $("$python" --version 2>&1) …"
     "$python" -m venv --clear .venv
 fi
-rm -f "$done"
+rm -f "$done" "$done_dev"
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+
+# uv installs the same packages in a third of pip's time. Where it cannot be had, or fails, pip does it.
+uv=$(sed -n 's/^uv==/uv==/p' constraints.txt)
+uv() { .venv/bin/uv --no-config pip "$@" --python .venv/bin/python; }
+if [ ! -x .venv/bin/uv ]; then
+    say "Fetching the installer ($uv) …"
+    pip install --quiet "$uv" || say "uv cannot be had: pip does the work, which takes longer."
+fi
+if [ -x .venv/bin/uv ]; then eval "$(.venv/bin/python tools/uv_settings.py)"; fi
+install() {
+    if [ -x .venv/bin/uv ]; then
+        uv install "$@" && return
+        say "uv could not do it: pip tries."
+    fi
+    pip install "$@"
+}
 
 # A plain `torch` brings gigabytes of CUDA on Linux, so without an NVIDIA card PyTorch's own CPU wheels are tried first.
 torch=$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)
+cpu_torch() {
+    cpu=https://download.pytorch.org/whl/cpu
+    if [ -x .venv/bin/uv ]; then
+        UV_HTTP_TIMEOUT=10 UV_HTTP_RETRIES=0 uv install --no-deps --default-index $cpu "torch==$torch"
+    else
+        pip install --no-deps --timeout 10 --retries 0 --index-url $cpu "torch==$torch"
+    fi
+}
 if [ -n "$cpu_only" ]; then
-    pip install --no-deps --timeout 10 --retries 0 --index-url https://download.pytorch.org/whl/cpu "torch==$torch" \
-        || say "PyTorch's CPU wheels are out of reach: taking torch from the usual index, which may be larger."
+    cpu_torch || say "PyTorch's CPU wheels are out of reach: taking torch from the usual index, which may be larger."
 fi
-pip install -c constraints.txt -e '.[lab,dev]' \
+say "Installing the course and what it needs ($extras) …"
+install -c constraints.txt -e ".[$extras]" \
     || die "the installation failed, see the lines above (often the network). Run make again to start over."
 : > "$done"
+[ "$extras" = lab ] || : > "$done_dev"
 say "Installed."

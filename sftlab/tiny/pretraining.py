@@ -274,7 +274,7 @@ def tuned_figures(
     model, tokenizer = load(str(folder), preset="t4" if method == "nf4" else "tiny")
     start = time.time()
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = finetune(model, tokenizer, [world.to_messages(e) for e in world.examples("train", rows, seed)], Path(scratch) / "tuned",
+        trainer = finetune(model, tokenizer, [world.as_messages(e) for e in world.examples("train", rows, seed)], Path(scratch) / "tuned",
                            method="full" if method == "full" else "lora", learning_rate=learning_rate, seed=seed)
     seconds = round(time.time() - start, 1)
     answered = evaluate(trainer.model, tokenizer, items, lambda item: chat_prompt(tokenizer, item["question"]))

@@ -8,7 +8,7 @@ __all__ = ['COUNTRIES', 'UNSEEN_COUNTRIES', 'ANIMALS', 'OPPOSITES', 'THINGS', 'A
            'SUBJECTS', 'PLACES', 'PEOPLE', 'FACT_QUESTIONS', 'EASY', 'HARD', 'KINDS', 'table', 'things', 'plural', 'a',
            'cap', 'split_of', 'only', 'fields', 'reverse_pair', 'tell', 'make_sum', 'make_list', 'make_numbers',
            'make_sentence', 'make_problem', 'make_passage', 'make_function', 'make_review', 'make_example', 'examples',
-           'to_messages', 'test_set', 'fact_clozes', 'copy_clozes', 'leaks', 'content_leaks']
+           'as_messages', 'test_set', 'fact_clozes', 'copy_clozes', 'leaks', 'content_leaks']
 
 # %% ../../nbs/reference/tiny/world.ipynb #c94720a7
 import random, re, zlib
@@ -677,7 +677,7 @@ def examples(
     rng.shuffle(rows)
     return rows
 
-def to_messages(
+def as_messages(
     example:dict, # from `examples`
 ) -> dict: # `messages`: the user asks, the assistant answers
     "An example as the conversation that trainers take."
