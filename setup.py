@@ -1,4 +1,7 @@
-"Package metadata is read from settings.ini, where nbdev reads it too. The wheel also holds the course: what `sftlab lab` copies."
+"""Package metadata is read from settings.ini, where nbdev reads it too.
+
+The wheel also holds the course: what `sftlab lab` copies.
+"""
 import shutil
 import tempfile
 from configparser import ConfigParser
@@ -11,7 +14,7 @@ here = Path(__file__).parent
 
 
 class BuildPackageAndCourse(build_py):
-    "Put the lessons and exercises into the built package, since beside an installed one there is no repository."
+    "Put lessons and exercises into the built package: an installed one has no repository near it."
 
     def run(self):
         super().run()
@@ -19,11 +22,12 @@ class BuildPackageAndCourse(build_py):
             return
         for name in ("nbs", "exercises"):
             leave_out = shutil.ignore_patterns(".*", "_*", "solutions")  # as `sftlab lab` does
-            shutil.copytree(here / name, Path(self.build_lib, "sftlab/course", name), ignore=leave_out)
+            to = Path(self.build_lib, "sftlab/course", name)
+            shutil.copytree(here / name, to, ignore=leave_out)
 
 
-# The package is put together outside of the project. In its usual place, build/, copies of the notebooks would be left, and there
-# nbdev_export takes them for sources: an old copy would write over a module.
+# The package is put together outside of the project. In its usual place, build/, copies of the
+# notebooks would be left, which nbdev_export takes for sources: an old copy would write over a module.
 staging = tempfile.TemporaryDirectory(prefix="sftlab-build-")  # removed when the build ends
 
 ini = ConfigParser()

@@ -130,7 +130,7 @@ def truncate(
 # %% ../nbs/04_loss_masking.ipynb #e09e239e
 def _edges(parts, learned, split):
     """Where learning begins and ends, and the number of special tokens. An edge: how many special
-    tokens come before it, and the template's text since the last (None: not the template's alone)."""
+    tokens come before it, and the mark's text since the last (None: not only marks)."""
     edges, count, since, now = [], 0, "", False
     for part, learn in zip(parts, learned):
         if learn != now:

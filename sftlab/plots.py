@@ -138,7 +138,7 @@ def plot_loss(
     held_out = next((key for key in _HELD_OUT if any(key in row for row in rows)), None)
     lines = [("loss", "training, each step", dict(color=PALETTE["blue"], linewidth=1.2))]
     if held_out:
-        style = dict(color=PALETTE["orange"], linestyle="--", marker="D")
+        style = dict(color=PALETTE["orange"], linestyle="--", marker="D", clip_on=False)
         lines.append((held_out, "held-out", style))
     for key, label, style in lines:
         points = [(row[x], row[key]) for row in rows if _measured(row.get(key))]
@@ -202,12 +202,12 @@ def plot_bars(
     fmt:str="{:.3g}", # of the number written at each bar; empty: none
 ):
     "A bar a name, or a group of bars a name, whose series differ in colour and hatch."
-    grouped = isinstance(next(iter(values.values())), dict)
+    grouped = any(isinstance(value, dict) for value in values.values())
     if not grouped:
         values = {name: {"": value} for name, value in values.items()}
         intervals = {name: {"": ends} for name, ends in (intervals or {}).items()}
     series = list(dict.fromkeys(key for row in values.values() for key in row))
-    size = 0.8 / len(series)
+    size = 0.8 / max(1, len(series))
     for i, key in enumerate(series):
         places = [n + size * (i + 0.5) - 0.4 for n, row in enumerate(values.values()) if key in row]
         heights = [row[key] for row in values.values() if key in row]
@@ -219,6 +219,7 @@ def plot_bars(
         elif fmt:
             ax.bar_label(bars, [fmt.format(v) for v in heights], padding=2, fontsize=9)
     _name_bars(ax, values, unit, horizontal)
+    ax.margins(**{"x" if horizontal else "y": 0.12}) # room for the numbers
     if grouped:
         ax.legend()
 

@@ -254,7 +254,7 @@ def bits_per_parameter(
 def keep_gradients(
     model, # with bitsandbytes' 4-bit layers
 ): # the model
-    "Keep bitsandbytes' layers from changing to bfloat16 without gradients in an evaluation on a CPU."
+    "Keep bitsandbytes from packing its layers anew on a CPU: no gradient would pass through them."
     for m in model.modules():
         if hasattr(m, "support_avx512bf16_for_cpu"):
             m.support_avx512bf16_for_cpu = False

@@ -1,7 +1,7 @@
 """What all tests share.
 
-No network, the learner's real files where there are some, which tests run when, and tables of how long
-they took.
+No network, the learner's real files where there are some, which tests run when, and tables of how
+long they took.
 """
 import os
 import signal
@@ -32,7 +32,7 @@ def root() -> Path:
 
 @pytest.fixture
 def real_data() -> Path:
-    "The folder of real instruction files. It is not part of the project, so most machines have none."
+    "The folder of real instruction files: no part of the project, so most machines have none."
     folder = os.environ.get("SFTLAB_REAL_DATA")
     if not folder:
         pytest.skip("SFTLAB_REAL_DATA names no folder of real instruction files")
@@ -47,7 +47,7 @@ def pytest_addoption(parser):
 
 
 def left_out(item, quick, everything):
-    "Whether this run does without a test: `slow` ones in a quick run, `thorough` ones but in a full one."
+    "Whether this run does without a test."
     if item.get_closest_marker("thorough") and not everything:
         return True
     return quick and item.get_closest_marker("slow") is not None
@@ -57,8 +57,8 @@ def left_out(item, quick, everything):
 def pytest_collection_modifyitems(config, items):
     """Choose tests, and share them out between two processes (`-n 2 --dist loadgroup`).
 
-    A file stays together, so that what it sets up is set up once. Only notebooks, which share nothing, go
-    anywhere; they come first, being the longest.
+    A file stays together, so that what it sets up is set up once. Only notebooks, which share
+    nothing, go anywhere; they come first, being the longest.
     """
     quick, everything = config.getoption("--quick"), config.getoption("--all")
     out = [item for item in items if left_out(item, quick, everything)]

@@ -1,74 +1,166 @@
-"The memory estimate: counts and bytes against models, hooks, optimisers and a meter; what fits, and the one message where nothing does."
-import inspect
+"""The memory estimate: counts and bytes against models, hooks, optimisers and a meter; what fits,
+and the one message where nothing does."""
 
-import matplotlib
+import inspect
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-import sftlab.memory as memory
-from sftlab.memory import (CONFIGS, METHODS, OPTIMIZERS, PRECISIONS, MemoryEstimateError, autocast_bytes, build, count_parameters, estimate, explore, largest, layer_activations, make_fake, measure, meter,
-                           model_dims, optimizer_bytes, plot, quantized_bytes, saved_bytes)
+from sftlab.audit.memory import (
+    fake_peak,
+    fake_saved_bytes,
+    linear4bit_bytes,
+    measure,
+    meter,
+    random_model,
+    saved_bytes,
+    state_bytes,
+)
+from sftlab.errors import MemoryEstimateError
+from sftlab.memory import (
+    CONFIGS,
+    METHODS,
+    OPTIMIZERS,
+    PRECISIONS,
+    autocast_bytes,
+    count_parameters,
+    estimate,
+    explore,
+    layer_activations,
+    max_that_fits,
+    model_dims,
+    optimizer_bytes,
+    parameter_sizes,
+    quantized_bytes,
+)
+from sftlab.plots import plot_memory
 
-matplotlib.use("Agg")
-SMALL = dict(vocab_size=600, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-FAMILIES = {"llama": LlamaConfig(**SMALL), "mistral": MistralConfig(**SMALL, sliding_window=None), "qwen2": Qwen2Config(**SMALL), "qwen3": Qwen3Config(**SMALL, head_dim=96)}
+SMALL = dict(
+    vocab_size=600,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+FAMILIES = {
+    "llama": LlamaConfig(**SMALL),
+    "mistral": MistralConfig(**SMALL, sliding_window=None),
+    "qwen2": Qwen2Config(**SMALL),
+    "qwen3": Qwen3Config(**SMALL, head_dim=96),
+}
 sizes = st.integers(1, 6)
+
+
+def test_the_lesson_needs_no_torch():
+    "The program imports it at its top, and must start quickly."
+    code = "import sys; from sftlab.memory import estimate; estimate('llama-2-7b', 'qlora')"
+    code += "; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 # --- parameters
 
+
 @settings(max_examples=15)
-@given(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]), sizes, sizes, sizes, st.integers(1, 3), st.sampled_from([(4, 1), (4, 2), (4, 4), (6, 3)]), st.booleans(), st.booleans())
-def test_parameters_are_those_of_the_built_model(kind, vocab, width, mlp, layers, heads, tied, bias):
-    config = AutoConfig.for_model(kind, vocab_size=10 * vocab, hidden_size=24 * width, intermediate_size=7 * mlp, num_hidden_layers=layers, num_attention_heads=heads[0], num_key_value_heads=heads[1],
-                                  tie_word_embeddings=tied, **dict(attention_bias=bias, mlp_bias=bias) if kind == "llama" else {})
+@given(
+    st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]),
+    sizes,
+    sizes,
+    sizes,
+    st.integers(1, 3),
+    st.sampled_from([(4, 1), (4, 2), (4, 4), (6, 3)]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_parameters_are_those_of_the_built_model(
+    kind, vocab, width, mlp, layers, heads, tied, bias
+):
+    biases = dict(attention_bias=bias, mlp_bias=bias) if kind == "llama" else {}
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=10 * vocab,
+        hidden_size=24 * width,
+        intermediate_size=7 * mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        tie_word_embeddings=tied,
+        **biases,
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert count_parameters(config) == count_parameters(model) == model.num_parameters()
-    assert sorted(sum(memory.parameter_sizes(model_dims(config)), [])) == sorted(p.numel() for p in model.parameters())
+    predicted = sorted(sum(parameter_sizes(model_dims(config)), []))
+    assert predicted == sorted(p.numel() for p in model.parameters())
 
 
 # --- bytes
 
+
 @settings(max_examples=25)
-@given(st.lists(st.integers(1, 9000), min_size=1, max_size=4), st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from(OPTIMIZERS))
+@given(
+    st.lists(st.integers(1, 9000), min_size=1, max_size=4),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from(OPTIMIZERS),
+)
 def test_optimizer_state_to_the_byte(numbers, dtype, name):
     import bitsandbytes as bnb
+
+    def sgd_momentum(parameters):
+        return torch.optim.SGD(parameters, momentum=0.9)
+
     params = [torch.nn.Parameter(torch.ones(n, dtype=dtype)) for n in numbers]
-    make = {"adamw": torch.optim.AdamW, "adamw_8bit": bnb.optim.AdamW8bit, "sgd_momentum": lambda p: torch.optim.SGD(p, momentum=0.9), "sgd": torch.optim.SGD}[name]
+    make = {
+        "adamw": torch.optim.AdamW,
+        "adamw_8bit": bnb.optim.AdamW8bit,
+        "sgd_momentum": sgd_momentum,
+        "sgd": torch.optim.SGD,
+    }[name]
     optimizer = make(params)
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    blocks = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)}
-    tables = 2 * 256 * 4 if name == "adamw_8bit" and max(numbers) < 4096 else 0  # none is needed where nothing is in 8 bits
-    assert optimizer_bytes(numbers, dtype.itemsize, name) - tables == sum(blocks.values())
+    # no table is needed where nothing is in 8 bits
+    tables = 2 * 256 * 4 if name == "adamw_8bit" and max(numbers) < 4096 else 0
+    assert optimizer_bytes(numbers, dtype.itemsize, name) - tables == state_bytes(optimizer)
 
 
-@pytest.mark.parametrize("inputs, outputs", [(64, 64), (128, 200), (512, 1000), (704, 256), (64, 3), (192, 5)])
+SHAPES = [(64, 64), (128, 200), (512, 1000), (704, 256), (64, 3), (192, 5)]
+
+
+@pytest.mark.parametrize("inputs, outputs", SHAPES)
 def test_four_bit_matrices_to_the_byte(inputs, outputs):
     import bitsandbytes as bnb
-    weight = bnb.nn.Linear4bit(inputs, outputs, bias=False, compress_statistics=True, quant_type="nf4").to("cpu").weight
-    state = weight.quant_state
-    assert quantized_bytes(inputs * outputs) == (weight.nbytes, sum(t.nbytes for t in (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)))
+
+    options = dict(bias=False, compress_statistics=True, quant_type="nf4")
+    layer = bnb.nn.Linear4bit(inputs, outputs, **options).to("cpu")
+    assert quantized_bytes(inputs * outputs) == linear4bit_bytes(layer)
 
 
 # --- activations
 
-def fake(config, batch, length, method, precision, attention, checkpointing=False, **more):
-    model = build(config, method, precision, attention, checkpointing=checkpointing, **more)
-    with FakeTensorMode():
-        return saved_bytes(make_fake(model), batch, length, precision)
 
-
-def predicted(config, batch, length, method, precision, attention, checkpointing=False, r=16, targets="all-linear"):
-    e = estimate(config, method, batch, length, precision=precision, attention=attention, checkpointing=checkpointing, r=r, targets=targets)
+def predicted(config, batch, length, method, precision, attention, checkpointing=False):
+    options = dict(precision=precision, attention=attention, checkpointing=checkpointing)
+    e = estimate(config, method, batch, length, **options)
     copies = 0 if checkpointing and method != "full" else e.terms["autocast copies"]
     if checkpointing and method == "full" and precision == "mixed":
-        copies = 2 * SMALL["vocab_size"] * SMALL["hidden_size"]  # of the head; those of the layers are in use, but not saved
+        # of the head; those of the layers are in use, but not saved
+        copies = 2 * SMALL["vocab_size"] * SMALL["hidden_size"]
     return e.terms["activations"] + copies + 4 * batch * length * SMALL["vocab_size"]
 
 
@@ -77,56 +169,70 @@ def predicted(config, batch, length, method, precision, attention, checkpointing
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_activations_are_what_the_hooks_count(family, method, precision, attention):
-    config = FAMILIES[family]
+    run = FAMILIES[family], 3, 80, method, precision, attention
     for checkpointing in (False, True):
-        assert predicted(config, 3, 80, method, precision, attention, checkpointing) == pytest.approx(fake(config, 3, 80, method, precision, attention, checkpointing), rel=0.05)
+        counted = fake_saved_bytes(*run, checkpointing=checkpointing)
+        assert predicted(*run, checkpointing) == pytest.approx(counted, rel=0.05)
+
+
+TARGETS = [("q_proj", "v_proj"), ("o_proj", "up_proj", "down_proj")]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("o_proj", "up_proj", "down_proj")], ids="-".join)
-def test_activations_of_a_layer_where_only_some_matrices_are_adapted(targets, precision, attention):
-    "A layer's growth: in the very first layer what stands before the first adapter needs no gradient, and less is saved than we say."
+@pytest.mark.parametrize("names", TARGETS, ids="-".join)
+def test_activations_of_a_layer_where_only_some_matrices_are_adapted(names, precision, attention):
+    """A layer's growth: in the very first layer what comes before the first adapter needs no
+    gradient, and less is saved than we say."""
+
     def counted(layers):
-        return fake(Qwen3Config(**SMALL | dict(num_hidden_layers=layers), head_dim=96), 3, 80, "lora", precision, attention, r=8, targets=targets)
+        config = Qwen3Config(**SMALL | dict(num_hidden_layers=layers), head_dim=96)
+        adapters = dict(r=8, target_modules=names)
+        return fake_saved_bytes(config, 3, 80, "lora", precision, attention, **adapters)
+
     c = model_dims(FAMILIES["qwen3"])
-    said = layer_activations(c, 3, 80, "lora", precision, attention, 8, targets)[0] + autocast_bytes(c, "lora", precision, 8, targets) / c["num_hidden_layers"]
-    assert said == pytest.approx(counted(3) - counted(2), rel=0.01)
+    layer = layer_activations(c, 3, 80, "lora", precision, attention, 8, names)[0]
+    copies = autocast_bytes(c, "lora", precision, 8, names) / c["num_hidden_layers"]
+    assert layer + copies == pytest.approx(counted(3) - counted(2), rel=0.01)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_fake_is_real(family):
     for precision in ("fp32", "bf16"):
-        assert saved_bytes(build(FAMILIES[family], "full", precision, device="cpu"), 2, 16, precision) == fake(FAMILIES[family], 2, 16, "full", precision, "sdpa")
+        real = random_model(FAMILIES[family], "full", precision, device="cpu")
+        counted = saved_bytes(real, 2, 16, precision)
+        assert counted == fake_saved_bytes(FAMILIES[family], 2, 16, "full", precision, "sdpa")
 
 
 def test_activations_are_linear_in_layers_and_rows():
     def counted(layers, batch):
-        return fake(LlamaConfig(**SMALL | dict(num_hidden_layers=layers)), batch, 32, "full", "bf16", "sdpa")
-    assert counted(3, 2) - counted(2, 2) == counted(2, 2) - counted(1, 2) == layer_activations(model_dims(FAMILIES["llama"]), 2, 32, "full", "bf16")[0]
+        config = LlamaConfig(**SMALL | dict(num_hidden_layers=layers))
+        return fake_saved_bytes(config, batch, 32, "full", "bf16", "sdpa")
+
+    layer = layer_activations(model_dims(FAMILIES["llama"]), 2, 32, "full", "bf16")[0]
+    assert counted(3, 2) - counted(2, 2) == counted(2, 2) - counted(1, 2) == layer
 
 
 # --- the peak
 
-def metered(config, method, precision, attention, checkpointing):
-    "Gradients, activations, and what the moment adds."
-    model = build(config, method, precision, attention, checkpointing=checkpointing)
-    with FakeTensorMode():
-        make_fake(model)
-        with meter() as used:
-            for _ in range(2):
-                used.peak = used.now
-                memory._forward(model, 2, 128, precision).backward()
-    return used.peak
+WAYS = [
+    ("full", "bf16", "sdpa"),
+    ("full", "fp32", "eager"),
+    ("full", "mixed", "sdpa"),
+    ("lora", "mixed", "sdpa"),
+    ("lora", "bf16", "eager"),
+]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method, precision, attention", [("full", "bf16", "sdpa"), ("full", "fp32", "eager"), ("full", "mixed", "sdpa"), ("lora", "mixed", "sdpa"), ("lora", "bf16", "eager")])
+@pytest.mark.parametrize("method, precision, attention", WAYS)
 def test_the_peak_is_what_the_meter_sees(method, precision, attention, checkpointing):
     config = LlamaConfig(**SMALL | dict(vocab_size=16000))
-    e = estimate(config, method, 2, 128, precision=precision, attention=attention, checkpointing=checkpointing)
+    options = dict(precision=precision, attention=attention, checkpointing=checkpointing)
+    e = estimate(config, method, 2, 128, **options)
     above = e.total - sum(e.terms[name] for name in ("weights", "adapters", "optimiser"))
-    assert above == pytest.approx(metered(config, method, precision, attention, checkpointing), rel=0.05)
+    metered = sum(fake_peak(config, 2, 128, method, **options))  # gradients, and all above them
+    assert above == pytest.approx(metered, rel=0.05)
 
 
 def test_the_meter_notes_and_forgets():
@@ -140,69 +246,112 @@ def test_the_meter_notes_and_forgets():
 
 # --- the estimate
 
+
 @settings(max_examples=60)
-@given(st.sampled_from(list(CONFIGS)), st.sampled_from(METHODS), st.integers(1, 8), st.integers(1, 4096), st.sampled_from(PRECISIONS), st.booleans(), st.sampled_from(["sdpa", "eager"]), st.sampled_from(OPTIMIZERS))
-def test_estimates_add_up_and_grow(model, method, batch, length, precision, checkpointing, attention, optimizer):
-    def total(batch, length):
-        return estimate(model, method, batch, length, precision=precision, checkpointing=checkpointing, attention=attention, optimizer=optimizer).total
-    e = estimate(model, method, batch, length, precision=precision, checkpointing=checkpointing, attention=attention, optimizer=optimizer)
+@given(
+    st.sampled_from(list(CONFIGS)),
+    st.sampled_from(METHODS),
+    st.integers(1, 8),
+    st.integers(1, 4096),
+    st.fixed_dictionaries(
+        dict(
+            precision=st.sampled_from(PRECISIONS),
+            checkpointing=st.booleans(),
+            attention=st.sampled_from(["sdpa", "eager"]),
+            optimizer=st.sampled_from(OPTIMIZERS),
+        )
+    ),
+)
+def test_estimates_add_up_and_grow(model, method, batch, length, options):
+    e = estimate(model, method, batch, length, **options)
     assert e.total == sum(e.terms.values()) == pytest.approx(e.table()["GB"].sum() * 1e9)
-    assert set(e.terms) == set(e.formulas) and all(size >= 0 and isinstance(size, int) for size in e.terms.values())
-    assert total(batch, length) < total(batch + 1, length) and total(batch, length) < total(batch, length + 1)
+    assert set(e.terms) == set(e.formulas)
+    assert all(size >= 0 and isinstance(size, int) for size in e.terms.values())
+    for more in ((batch + 1, length), (batch, length + 1)):
+        assert e.total < estimate(model, method, *more, **options).total
 
 
 def test_methods_order_as_they_should():
     full, lora, qlora = (estimate("llama-2-7b", m, 1, 512).total for m in METHODS)
     assert full > lora > qlora
     assert estimate("llama-2-7b", "full", fused_head=True).terms["logits"] == 0
-    assert estimate("llama-2-7b", "full").terms["weights"] == 4 * 6_738_415_616 and estimate("llama-2-7b", "full", precision="bf16").terms["weights"] == 2 * 6_738_415_616
+    weights = 6_738_415_616
+    assert estimate("llama-2-7b", "full").terms["weights"] == 4 * weights
+    assert estimate("llama-2-7b", "full", precision="bf16").terms["weights"] == 2 * weights
 
 
 def test_it_reads_well_and_draws():
-    e = estimate("llama-2-7b", "qlora", 2, 512)
+    e, full = estimate("llama-2-7b", "qlora", 2, 512), estimate("llama-2-7b", "full", 2, 512)
     lines = repr(e).splitlines()
-    assert lines[0].startswith("llama-2-7b, qlora r=16, 2 x 512") and "GiB" in lines[-2] and max(map(len, lines)) < 130
+    assert lines[0].startswith("llama-2-7b, qlora r=16, 2 x 512") and "GiB" in lines[-2]
+    assert max(map(len, lines)) < 130
     assert f"{e.total / 1e9:.2f} GB" in e._repr_html_()
-    ax = plot([e, estimate("llama-2-7b", "full", 2, 512)])
-    assert max(p.get_x() + p.get_width() for p in ax.patches) == pytest.approx(estimate("llama-2-7b", "full", 2, 512).total / 1e9)
+    (ax,) = plot_memory([e, full]).axes
+    assert max(p.get_x() + p.get_width() for p in ax.patches) == pytest.approx(full.total / 1e9)
 
 
 # --- what fits
 
+
 @settings(max_examples=20)
-@given(st.sampled_from(["smollm2-135m", "qwen3-0.6b", "llama-2-7b"]), st.sampled_from(["lora", "qlora"]), st.sampled_from([16, 24, 80]), st.integers(1, 2000))
-def test_largest_fits_and_one_more_does_not(model, method, card, length):
+@given(
+    st.sampled_from(["smollm2-135m", "qwen3-0.6b", "llama-2-7b"]),
+    st.sampled_from(["lora", "qlora"]),
+    st.sampled_from([16, 24, 80]),
+    st.integers(1, 2000),
+)
+def test_what_fits_fits_and_one_more_does_not(model, method, card, length):
     room = 0.9 * card * 2**30
+
+    def total(batch, length):
+        return estimate(model, method, batch, length).total
+
     try:
-        batch = largest(model, method, card, length=length)
+        batch = max_that_fits(model, method, card, length=length)
     except MemoryEstimateError:
-        assert estimate(model, method, 1, length).total > room
+        assert total(1, length) > room
         return
-    assert estimate(model, method, batch, length).total <= room < estimate(model, method, batch + 1, length).total
-    longest = largest(model, method, card, batch=batch)
-    assert longest >= length and estimate(model, method, batch, longest).total <= room < estimate(model, method, batch, longest + 1).total
+    assert total(batch, length) <= room < total(batch + 1, length)
+    longest = max_that_fits(model, method, card, batch=batch)
+    assert longest >= length and total(batch, longest) <= room < total(batch, longest + 1)
 
 
-@pytest.mark.parametrize("call, says", [
-    (lambda: largest("llama-65b", "qlora", 24, length=512), "weights alone are .*what would help"),
-    (lambda: largest("llama-2-7b", "full", 80, batch=1), "optimiser .*LoRA or QLoRA"),
-    (lambda: largest("llama-2-7b", "lora", 24), "either batch or length"),
-    (lambda: largest("llama-2-7b", "lora", 24, batch=1, length=1), "either batch or length"),
-    (lambda: largest("llama-2-7b", "lora", -1, batch=1), "more than 0 GB"),
-    (lambda: estimate("llama-7", "full"), "llama-2-7b"),
-    (lambda: estimate(GPT2Config(), "full"), "gpt2 cannot be estimated"),
-    (lambda: estimate(object(), "full"), "object cannot be estimated"),
-    (lambda: estimate("llama-2-7b", "lorra"), "method 'lorra' is none of full, lora, qlora"),
-    (lambda: estimate("llama-2-7b", precision="fp8"), "precision"),
-    (lambda: estimate("llama-2-7b", optimizer="adam"), "optimizer"),
-    (lambda: estimate("llama-2-7b", attention="flash"), "attention"),
-    (lambda: estimate("llama-2-7b", batch=0), "batch is 0"),
-    (lambda: estimate("llama-2-7b", length=2.5), "length is 2.5"),
-    (lambda: estimate("llama-2-7b", "lora", targets=["query"]), "query is none of q_proj"),
-])
-def test_one_clear_message(call, says):
+SEVEN = "llama-2-7b"
+SAYS = [
+    (
+        max_that_fits,
+        ("llama-65b", "qlora", 24),
+        dict(length=512),
+        "weights alone are .*what would help",
+    ),
+    (max_that_fits, (SEVEN, "full", 80), dict(batch=1), "optimiser .*LoRA or QLoRA"),
+    (max_that_fits, (SEVEN, "lora", 24), {}, "either batch or length"),
+    (max_that_fits, (SEVEN, "lora", 24), dict(batch=1, length=1), "either batch or length"),
+    (max_that_fits, (SEVEN, "lora", -1), dict(batch=1), "more than 0 GB"),
+    (max_that_fits, (SEVEN, "lora", float("inf")), dict(batch=1), "finite size"),
+    (estimate, ("llama-7", "full"), {}, "llama-2-7b"),
+    (estimate, (GPT2Config(), "full"), {}, "gpt2 cannot be estimated"),
+    (estimate, (object(), "full"), {}, "object cannot be estimated"),
+    (
+        estimate,
+        (SEVEN, "lorra"),
+        {},
+        "there is no method 'lorra': choose one of full, lora, qlora",
+    ),
+    (estimate, (SEVEN,), dict(precision="fp8"), "no precision 'fp8'"),
+    (estimate, (SEVEN,), dict(optimizer="adam"), "no optimizer 'adam'"),
+    (estimate, (SEVEN,), dict(attention="flash"), "no attention 'flash'"),
+    (estimate, (SEVEN,), dict(batch=0), "batch is 0"),
+    (estimate, (SEVEN,), dict(length=2.5), "length is 2.5: it must be an integer"),
+    (estimate, (SEVEN, "lora"), dict(r=True), "r is True"),
+    (estimate, (SEVEN, "lora"), dict(target_modules=["query"]), "query is none of q_proj"),
+]
+
+
+@pytest.mark.parametrize("call, args, options, says", SAYS)
+def test_one_clear_message(call, args, options, says):
     with pytest.raises(MemoryEstimateError, match=says) as caught:
-        call()
+        call(*args, **options)
     assert "\n" not in str(caught.value)
 
 
@@ -222,5 +371,20 @@ def test_measured_within_a_tenth(method, length):
 
 def test_the_widget_uses_old_parts_only():
     import ipywidgets
-    assert not {"Stack", "TagsInput", "ColorsInput", "IntsInput", "FloatsInput"} & set(inspect.getsource(explore).replace("(", " ").replace(",", " ").split())
-    assert isinstance(explore(), ipywidgets.Widget)
+
+    new = {"Stack", "TagsInput", "ColorsInput", "IntsInput", "FloatsInput"}
+    words = inspect.getsource(explore).replace("(", " ").replace(",", " ").split()
+    assert "VBox" in words and not new & set(words)
+    widget = explore()
+    assert isinstance(widget, ipywidgets.Widget)
+
+
+def test_the_widget_follows_its_menus():
+    *parts, output = explore().children
+    menus = {part.description: part for part in parts}
+    assert "on a card of 24 GB" in output.value and "<img alt=" in output.value
+    menus["method"].value = "full"
+    assert "is too much for a card of 24 GB" in output.value
+    menus["card_gb"].value = 80
+    e = estimate("llama-2-7b", "full", 1, 1024)
+    assert f"{e.total / 1e9:.1f} GB is too much for a card of 80 GB" in output.value

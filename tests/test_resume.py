@@ -1,4 +1,5 @@
-"`sftlab train`, killed: the same command goes on, and ends with the weights of a run that was never stopped. And what it refuses to go on with."
+"""`sftlab train`, killed: the same command goes on, and ends with the weights of a run that was
+never stopped. And what it refuses to go on with."""
 import json
 import random
 import signal
@@ -18,20 +19,30 @@ from sftlab.finetune import last_checkpoint
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "world.jsonl"
-    path.write_text("\n".join(json.dumps(world.to_messages(e)) for e in world.examples("train", 40, kinds=["opposite", "plural"])))
+    rows = map(world.as_messages, world.examples("train", 40, kinds=["opposite", "plural"]))
+    path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
 
 def words(file, output, *more):
-    return ["train", "--data", str(file), "--output", str(output), "--method", "full", "--epochs", "24", *more]
+    return ["train", "--data", str(file), "--output", str(output), "--method", "full",
+            "--epochs", "24", *more]
+
+
 def start(*args):
-    return subprocess.Popen([sys.executable, "-m", "sftlab.cli", *words(*args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "sftlab.cli", *words(*args)], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True)
+
+
 def newest(folder, mark=""):
-    return max([int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*") if (p / mark).exists()], default=0)
+    found = [p for p in folder.glob("checkpoint-*") if (p / mark).exists()]
+    return max([int(p.name.split("-")[1]) for p in found], default=0)
 
 
 def killed(file, output, after, delay, mark=""):
-    "Start a run and kill it, `delay` seconds after a checkpoint later than step `after` has appeared (or its `mark` has)."
+    """Start a run and kill it, `delay` seconds after a checkpoint later than step `after` has
+    appeared (or its `mark` has)."""
     run = start(file, output)
     unfinished = output.parent / f".{output.name}.unfinished"
     while newest(unfinished, mark) <= after and run.poll() is None:
@@ -49,51 +60,68 @@ def test_killed_five_times_it_ends_with_the_same_weights(file, tmp_path):
     assert whole.wait() == 0, whole.stdout.read()
     rng, step, broken = random.Random(0), 0, tmp_path / "broken"
     for n in range(5):
-        anywhere = n in (2, 4)  # while it starts, or later; else a moment after the next checkpoint
-        step, said = killed(file, broken, 0 if anywhere else step, rng.uniform(0, 15) if anywhere else rng.uniform(0, 0.3))
-        assert anywhere or ("goes on where it was" in said) == (n > 0)
-    junk = tmp_path / ".broken.unfinished" / "checkpoint-99999"  # what a kill in the middle of writing leaves: no mark that it is complete
+        if n in (2, 4):  # anywhere: while it starts, or later
+            step, said = killed(file, broken, 0, rng.uniform(0, 15))
+        else:  # a moment after the next checkpoint
+            step, said = killed(file, broken, step, rng.uniform(0, 0.3))
+            assert ("goes on where it was" in said) == (n > 0)
+    # What a kill in the middle of writing leaves: no mark that it is complete.
+    junk = tmp_path / ".broken.unfinished" / "checkpoint-99999"
     junk.mkdir()
     (junk / "model.safetensors").write_bytes(b"half a checkpoint")
     done = start(file, broken)
     assert "goes on where it was" in done.communicate()[0] and done.returncode == 0
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
+    files = [tmp_path / name / "model.safetensors" for name in ("whole", "broken")]
+    one, other = map(load_file, files)
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    log = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "broken")]
-    assert all(log[0][key] == log[1][key] for key in log[0] if key not in ("seconds", "command"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "whole"]  # nothing is left of the work
+    one, other = (json.loads((file.parent / "run.json").read_text()) for file in files)
+    assert all(one[key] == other[key] for key in one if key not in ("seconds", "command"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "whole"]  # nothing is left
 
 
 def test_only_the_same_run_is_gone_on_with(file, tmp_path, capsys):
-    killed(file, tmp_path / "out", 0, 0, "complete")
-    assert cli.main(words(file, tmp_path / "out", "--seed", "7", "--learning-rate", "1e-5")) == 1
+    out = tmp_path / "out"
+    killed(file, out, 0, 0, "complete")
+    assert cli.main(words(file, out, "--seed", "7", "--learning-rate", "1e-5")) == 1
     said = capsys.readouterr().err
-    assert "other settings (learning_rate None, not 1e-05; seed 0, not 7)" in said and "--overwrite" in said and said.count("\n") == 1
+    assert "other settings (learning_rate None, not 1e-05; seed 0, not 7)" in said
+    assert "--overwrite" in said and said.count("\n") == 1
     other = tmp_path / "other.jsonl"
     other.write_text(file.read_text() + "\n")
-    assert cli.main(words(other, tmp_path / "out")) == 1 and "data_sha256" in capsys.readouterr().err
-    assert cli.main(["train", "--data", str(file), "--output", str(tmp_path / "out"), "--epochs", "1", "--overwrite"]) == 0
-    assert "goes on" not in capsys.readouterr().out.split("\ntrain")[0] and json.loads((tmp_path / "out" / "run.json").read_text())["epochs"] == 1
+    assert cli.main(words(other, out)) == 1 and "data_sha256" in capsys.readouterr().err
+    anew = ["train", "--data", str(file), "--output", str(out), "--epochs", "1", "--overwrite"]
+    assert cli.main(anew) == 0
+    assert "goes on" not in capsys.readouterr().out.split("\ntrain")[0]
+    assert json.loads((out / "run.json").read_text())["epochs"] == 1
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_finished_run_is_replaced_only_when_told_and_only_by_a_finished_one(file, tmp_path, capsys, monkeypatch):
-    short = ["train", "--data", str(file), "--output", str(tmp_path / "out"), "--epochs", "1", "--max-rows", "16"]
+def test_a_finished_run_is_replaced_only_when_told_and_only_by_a_finished_one(
+        file, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    short = ["train", "--data", str(file), "--output", str(out), "--epochs", "1",
+             "--max-rows", "16"]
+    def files(): return {p.name: p.read_bytes() for p in out.iterdir()}
     assert cli.main(short) == 0
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    assert cli.main([*short, "--seed", "1"]) == 1 and "holds a finished run" in capsys.readouterr().err
+    before = files()
+    assert cli.main([*short, "--seed", "1"]) == 1
+    assert "holds a finished run" in capsys.readouterr().err
     def fails(*_, **__): raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr(cli, "finetune", fails)
+        m.setattr("sftlab.finetune.finetune", fails)
+        m.setattr(cli, "finetune", fails, raising=False)
         assert cli.main([*short, "--seed", "1", "--overwrite"]) == 130
-    assert before == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert before == files()
     assert cli.main([*short, "--seed", "1", "--overwrite"]) == 0
-    run = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert run["seed"] == 1 and run["command"] == ["sftlab", *short, "--seed", "1", "--overwrite"] and len(run["data_sha256"]) == 64 and {"sftlab", "torch", "trl"} <= set(run["versions"])
+    run = json.loads((out / "run.json").read_text())
+    assert run["seed"] == 1 and len(run["data_sha256"]) == 64
+    assert run["command"] == ["sftlab", *short, "--seed", "1", "--overwrite"]
+    assert {"sftlab", "torch", "trl"} <= set(run["versions"])
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "notes.txt").write_text("what I wrote")
-    assert cli.main([*short[:4], str(mine), "--overwrite"]) == 1 and [p.name for p in mine.iterdir()] == ["notes.txt"]
+    assert cli.main([*short[:4], str(mine), "--overwrite"]) == 1
+    assert [p.name for p in mine.iterdir()] == ["notes.txt"]
 
 
 def test_checkpoints_without_the_mark_are_passed_over(tmp_path):
@@ -117,19 +145,27 @@ def test_checkpoints_without_the_mark_are_passed_over(tmp_path):
     ("seed: -1", "'--seed'"),
     ("seed: true", "'--seed'"),
     ("overwrite: perhaps", "'--overwrite'"),
-    ("model: [tiny]", "'model' must be one text or number"),
-    ("epochs:", "'epochs' must be one text or number"),
+    ("model: [tiny]", "'model' must be one "),
+    ("epochs:", "'epochs' must be one "),
 ])
 def test_a_config_that_cannot_be_right(file, tmp_path, capsys, content, says):
-    (tmp_path / "run.yaml").write_text(content)
-    assert cli.main(["train", "--data", str(file), "--output", str(tmp_path / "out"), "--config", str(tmp_path / "run.yaml")]) == 2
+    config, out = tmp_path / "run.yaml", tmp_path / "out"
+    config.write_text(content)
+    command = ["train", "--data", str(file), "--output", str(out), "--config", str(config)]
+    assert cli.main(command) == 2
     said = capsys.readouterr().err
-    assert says in said and said.startswith("sftlab: ") and not (tmp_path / "out").exists()
+    assert says in said and said.startswith("sftlab: ") and not out.exists()
 
 
-@pytest.mark.parametrize("name, dump", [("run.yaml", lambda d: "\n".join(f"{k}: {v}" for k, v in d.items())), ("run.json", json.dumps)])
+def as_yaml(settings): return "\n".join(f"{key}: {value}" for key, value in settings.items())
+
+
+@pytest.mark.parametrize("name, dump", [("run.yaml", as_yaml), ("run.json", json.dumps)])
 def test_a_config_gives_what_the_command_line_does_not(file, tmp_path, name, dump):
-    (tmp_path / name).write_text(dump({"data": str(file), "epochs": 1, "max-rows": 16, "learning_rate": 0.002, "seed": 3}))
-    assert cli.main(["train", "--config", str(tmp_path / name), "--output", str(tmp_path / "out"), "--seed", "4"]) == 0
+    settings = {"data": str(file), "epochs": 1, "max-rows": 16, "learning_rate": 0.002, "seed": 3}
+    (tmp_path / name).write_text(dump(settings))
+    command = ["train", "--config", str(tmp_path / name), "--output", str(tmp_path / "out")]
+    assert cli.main([*command, "--seed", "4"]) == 0
     run = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert (run["epochs"], run["learning_rate"], run["seed"], run["rows"]) == (1, 0.002, 4, 16)
+    used = [run[key] for key in ("epochs", "learning_rate", "seed", "rows")]
+    assert used == [1, 0.002, 4, 16]

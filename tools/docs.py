@@ -1,7 +1,7 @@
 """Build the website in _docs/: python tools/docs.py
 
-Notebooks go through nbdev's processors into _proc/, beside one page of documentation a module, and Quarto makes the site from there.
-Lessons are shown as they stand, code and outputs; nothing is executed.
+Notebooks go through nbdev's processors into _proc/, next to one page of documentation a module,
+and Quarto makes the site from there. Lessons are shown as they are; nothing is executed.
 """
 import importlib
 import inspect
@@ -18,7 +18,10 @@ from nbdev.showdoc import show_doc
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
-HOME = '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url=nbs/index.html"><a href="nbs/index.html">sftlab</a>\n'
+HOME = """<!doctype html>
+<meta charset="utf-8"><meta http-equiv="refresh" content="0; url=nbs/index.html">
+<a href="nbs/index.html">sftlab</a>
+"""
 
 
 def pages(
@@ -31,7 +34,7 @@ def pages(
 def split_title(
     notebook, # opens with `# Title`, perhaps `> one line`, perhaps more
 ):
-    "Give title and quoted line a cell of their own: nbdev makes front matter of it, and drops what else it holds."
+    "Give title and quoted line a cell of their own: nbdev makes front matter of it."
     first = notebook.cells[0]
     title = re.match(r"# .*\n*(?:> .*\n*)?", first.source).group()
     rest = first.source[len(title):].strip()
@@ -50,7 +53,7 @@ def process(
     name:str, # a notebook, relative to the top of the project
     to:Path, # folder that Quarto will read
 ):
-    "Write the notebook as Quarto wants it: front matter, nbdev's directives gone, and no widgets, which need a kernel."
+    "Write the notebook as Quarto wants it: front matter, no directives, no widgets."
     notebook = read_nb(ROOT / name)
     split_title(notebook)
     FilterDefaults()(notebook)
@@ -64,12 +67,14 @@ def process(
 
 
 def api_page(
-    module:str, # name inside the package, `generation`
+    module:str, # name inside the package, such as `generation` or `tiny.world`
 ) -> str: # Markdown
     "Signature, parameters and docstring of everything that a module exports."
     loaded = importlib.import_module(f"sftlab.{module}")
-    source = (ROOT / "sftlab" / f"{module}.py").read_text().split("File to edit: ../")[1].split(".ipynb")[0]
-    text = [f"---\ntitle: sftlab.{module}\n---\n", f"Written and explained in [this notebook](../{source}.ipynb).\n"]
+    code = (ROOT / "sftlab" / f"{module.replace('.', '/')}.py").read_text()
+    source = re.search(r"File to edit: (?:\.\./)+(.*?\.ipynb)", code)[1]
+    text = [f"---\ntitle: sftlab.{module}\n---\n",
+            f"Written and explained in [this notebook](../{source}).\n"]
     values = []
     for name in loaded.__all__:
         value = getattr(loaded, name)
@@ -101,13 +106,14 @@ def prepare(
 
 def main():
     if not shutil.which("quarto"):
-        sys.exit("The website is made with Quarto, which is not on PATH: install it from https://quarto.org/docs/get-started/ and run make docs again.")
+        sys.exit("The website is made with Quarto, which is not on PATH: install it from "
+                 "https://quarto.org/docs/get-started/ and run make docs again.")
     work, site = ROOT / "_proc", ROOT / "_docs"
     prepare(work)
     subprocess.run(["quarto", "render"], cwd=work, check=True)
     shutil.rmtree(site, ignore_errors=True)
     shutil.move(work / "_docs", site)
-    (site / "index.html").write_text(HOME)  # the pages keep the folders of the project, so the front page is not at the top
+    (site / "index.html").write_text(HOME)  # pages keep their folders, the front page too
     print(f"The website is in {site}: open {site / 'index.html'}")
 
 

@@ -1,6 +1,7 @@
 """Make README.md from nbs/index.ipynb: python tools/readme.py
 
-Links are made to work from the top of the project, where README.md is. The picture on the front page is the one that lesson 01 draws.
+Links are made to work from the top of the project, where README.md is. The front page's picture is
+the one that lesson 01 draws.
 """
 import base64
 import json
@@ -31,9 +32,12 @@ def readme() -> str:
 
 def picture() -> bytes: # PNG
     "The picture that lesson 01 draws in its cell labelled `before-after`."
-    cells = json.loads((ROOT / "nbs/01_base_vs_instruct.ipynb").read_text(encoding="utf-8"))["cells"]
-    outputs = next(c["outputs"] for c in cells if "".join(c["source"]).startswith("#| label: before-after"))
-    return base64.b64decode(next(o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})))
+    lesson = json.loads((ROOT / "nbs/01_base_vs_instruct.ipynb").read_text(encoding="utf-8"))
+    sources = ["".join(cell["source"]) for cell in lesson["cells"]]
+    place = next(i for i, s in enumerate(sources) if s.startswith("#| label: before-after"))
+    shown = [o["data"] for o in lesson["cells"][place]["outputs"] if "data" in o]
+    html = next("".join(data["text/html"]) for data in shown if "text/html" in data)
+    return base64.b64decode(re.search(r"data:image/png;base64,([^\"]+)", html)[1])
 
 
 if __name__ == "__main__":

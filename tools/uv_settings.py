@@ -1,6 +1,6 @@
 """Print pip's settings in the form that uv reads: eval "$(python tools/uv_settings.py)"
 
-uv ignores pip's files and variables. Where pip was told of another index or of a folder with wheels,
+uv ignores pip's files and variables. Where pip was told of another index or of a folder of wheels,
 uv must be told too, or it finds other packages than pip would.
 """
 import ast

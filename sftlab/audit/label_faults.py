@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROW_FAULTS', 'BATCH_FAULTS', 'mutation_table']
 
-# %% ../../nbs/reference/audit/label_faults.ipynb #8945df44
+# %% ../../nbs/reference/audit/label_faults.ipynb #d343f0dd
 import copy
 
 import pandas as pd
@@ -14,7 +14,7 @@ import torch
 from .labels import label_auditor
 from ..masking import IGNORE, encode, labelled, layout
 
-# %% ../../nbs/reference/audit/label_faults.ipynb #742d21c0
+# %% ../../nbs/reference/audit/label_faults.ipynb #df45dfb6
 def _all_learned(tokenizer, messages):
     return encode(tokenizer, messages, "all")
 
@@ -27,7 +27,7 @@ def _also(wanted): # makes rows in which more is learned than the answers
 def _questions(part): return not part.mark
 def _headers(part): return part.mark and part.text.strip()
 
-# %% ../../nbs/reference/audit/label_faults.ipynb #9ef17054
+# %% ../../nbs/reference/audit/label_faults.ipynb #9659eaf2
 def _changed(change): # makes rows that are changed, given the first and the last learned place
     def made(tokenizer, messages):
         ids, labels = encode(tokenizer, messages).values()
@@ -43,7 +43,7 @@ def _without_stop(ids, labels, first, last): return ids[:last], labels[:last]
 def _cut(ids, labels, first, last): return ids[:28], labels[:28]
 def _bos_twice(ids, labels, first, last): return ids[:1] + ids, [IGNORE] + labels
 
-# %% ../../nbs/reference/audit/label_faults.ipynb #8212122b
+# %% ../../nbs/reference/audit/label_faults.ipynb #d81a4073
 ROW_FAULTS = { # fault -> (cause to be named, function from tokenizer and messages to a faulty row)
     "labels are the ids": ("everything learned", _all_learned),
     "questions are learned": ("prompt learned", _also(_questions)),
@@ -55,7 +55,7 @@ ROW_FAULTS = { # fault -> (cause to be named, function from tokenizer and messag
     "a BOS too many": ("not one of the rows", _changed(_bos_twice)),
 }
 
-# %% ../../nbs/reference/audit/label_faults.ipynb #3ee2e10f
+# %% ../../nbs/reference/audit/label_faults.ipynb #7022fa51
 def _padding(batch): # where it is, True; without a mask: nowhere
     if "attention_mask" in batch:
         return batch["attention_mask"] == 0
@@ -71,7 +71,7 @@ def _begins(labels): # of each row: where its first learned token is
         begins.append(learned[0] if learned else len(row))
     return begins
 
-# %% ../../nbs/reference/audit/label_faults.ipynb #c524d0e3
+# %% ../../nbs/reference/audit/label_faults.ipynb #16072dea
 def _row_masked(batch, pad_id):
     labels = batch["labels"].clone()
     labels[0] = IGNORE
@@ -91,7 +91,7 @@ def _wrong_token(batch, pad_id):
 def _pads_masked(batch, pad_id):
     return batch["labels"].masked_fill(batch["input_ids"] == pad_id, IGNORE)
 
-# %% ../../nbs/reference/audit/label_faults.ipynb #46e32692
+# %% ../../nbs/reference/audit/label_faults.ipynb #08bf8156
 def _first_columns(batch, pad_id): # labels[:, :n], with the first row's n
     labels, n = _copied(batch), _begins(batch["labels"])[0]
     labels[:, :n] = IGNORE
@@ -112,7 +112,7 @@ def _counted_over_padding(batch, pad_id): # the batch is turned so that padding 
         row[:n] = IGNORE
     return labels
 
-# %% ../../nbs/reference/audit/label_faults.ipynb #b761f89a
+# %% ../../nbs/reference/audit/label_faults.ipynb #9b9bec5f
 BATCH_FAULTS = { # fault -> (cause, function from a batch and the pad token's id to faulty labels)
     "all is masked in a row": ("nothing learned", _row_masked),
     "padding is learned": ("padding learned", _padding_learned),
@@ -124,7 +124,7 @@ BATCH_FAULTS = { # fault -> (cause, function from a batch and the pad token's id
     "n counted over padding": ("cut counted over padding", _counted_over_padding),
 }
 
-# %% ../../nbs/reference/audit/label_faults.ipynb #93632627
+# %% ../../nbs/reference/audit/label_faults.ipynb #59b04eb3
 def _verdict(batches, clean, report, cause, usual):
     "`named`, `named below` another cause, `missed: …`, or `-` where the fault changed nothing."
     pairs = [(a[key], b[key]) for a, b in zip(batches, clean) for key in ("input_ids", "labels")]
@@ -136,7 +136,7 @@ def _verdict(batches, clean, report, cause, usual):
         return "named below"
     return "named" if new == {cause} else f"missed: {', '.join(found) or 'nothing'}"
 
-# %% ../../nbs/reference/audit/label_faults.ipynb #2e97fb24
+# %% ../../nbs/reference/audit/label_faults.ipynb #804fb685
 def _batches(collator, rows, size):
     copies = [dict(row) for row in rows] # some collators change what they are given
     return [collator(copies[i:i + size]) for i in range(0, len(copies), size)]
@@ -161,13 +161,13 @@ def _column(tokenizer, make, encoded, audit, size): # of one collator: fault -> 
         verdicts[fault] = _verdict(batches, clean, report, cause, usual)
     return verdicts
 
-# %% ../../nbs/reference/audit/label_faults.ipynb #e9574b7d
+# %% ../../nbs/reference/audit/label_faults.ipynb #26c556b9
 def mutation_table(
     tokenizer,
     rows:list, # with `messages`
     collators:dict, # name -> function from a tokenizer to a collator
     batch_size:int=8, # rows
-): # a DataFrame, fault by collator: "named", "named below", "missed: …", or "-": no such fault there
+): # a DataFrame, fault by collator: "named", "named below", "missed: …", or "-": not possible there
     "Make every fault in every collator's batches, and see what the audit says."
     audit = label_auditor(tokenizer, rows)
     encoded = {"(no fault)": [encode(tokenizer, row["messages"]) for row in rows]}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABEL_FAULTS', 'LabelFault', 'Conversation', 'conversations', 'LabelReport', 'label_auditor', 'audit_labels']
 
-# %% ../../nbs/reference/audit/labels.ipynb #f69a6d73
+# %% ../../nbs/reference/audit/labels.ipynb #a2115ab9
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 from ..guards.masking import check_batch, check_batches
 from ..masking import IGNORE, layout
+from ..plots import labels_html
 from ..templates import encode_segments
 
-# %% ../../nbs/reference/audit/labels.ipynb #55bda4bf
+# %% ../../nbs/reference/audit/labels.ipynb #6c59c005
 class LabelFault(NamedTuple):
     "A fault that batches can have."
     leads_to:str # what it does to the model
@@ -29,7 +30,7 @@ _EVERYTHING = ("prompt learned", "header learned", "padding learned")
 _MISPLACED = ("prompt learned", "header learned", "answer partly learned")
 _ONE_COLUMN = ("everything learned", *_MISPLACED, "nothing learned", "padding learned")
 
-# %% ../../nbs/reference/audit/labels.ipynb #b6c7d824
+# %% ../../nbs/reference/audit/labels.ipynb #9712095b
 LABEL_FAULTS = { # fault -> `LabelFault`
     "shifted labels": LabelFault(
         "Labels are one place away from their tokens. The model shifts them itself, "
@@ -78,7 +79,7 @@ LABEL_FAULTS = { # fault -> `LabelFault`
         "Decode the row of the batch, and compare."),
 }
 
-# %% ../../nbs/reference/audit/labels.ipynb #7983044d
+# %% ../../nbs/reference/audit/labels.ipynb #9d6af446
 @dataclass
 class Conversation:
     "A conversation in a batch, and what is wrong with its labels."
@@ -98,7 +99,7 @@ class Conversation:
         if places:
             self.found[fault] = list(places)
 
-# %% ../../nbs/reference/audit/labels.ipynb #762e4097
+# %% ../../nbs/reference/audit/labels.ipynb #d3c3ca5b
 def _columns(batch, number): # -> of each row: ids, labels, attention mask and position ids or None
     def as_lists(key):
         value = batch.get(key)
@@ -122,7 +123,7 @@ def _extent(ids, mask, pad_id, stop_id): # -> where a row's tokens begin and end
         start += 1
     return start, end
 
-# %% ../../nbs/reference/audit/labels.ipynb #2f1a9ca9
+# %% ../../nbs/reference/audit/labels.ipynb #d16c30a2
 def conversations(
     batches, # of dicts with `input_ids`, `labels` and perhaps `attention_mask`, `position_ids`
     pad_id:int, # the pad token
@@ -141,7 +142,7 @@ def conversations(
                 yield Conversation(b, r, ids, labels, begin, stop,
                                    padding if begin == start else [])
 
-# %% ../../nbs/reference/audit/labels.ipynb #0ed80ac3
+# %% ../../nbs/reference/audit/labels.ipynb #47acdb81
 def _kind(part, before_answer): # what a segment's tokens are
     if part.learned:
         return "stop" if part.mark and part.text.strip() else "answer"
@@ -156,7 +157,7 @@ def _known(tokenizer, messages, template): # -> ids of a row, and (kind, turn) o
     kinds = [_kind(part, i < last) for i, part in enumerate(parts)]
     return ids, [(kinds[owner], parts[owner].turn) for owner in owners]
 
-# %% ../../nbs/reference/audit/labels.ipynb #c37c37ef
+# %% ../../nbs/reference/audit/labels.ipynb #fdcee216
 def _look_up(ids, known): # -> kinds of the tokens, how many tokens of answers are cut off; or None
     n = len(ids)
     for full, kinds in known:
@@ -181,7 +182,7 @@ def _by_rows(tokenizer, rows, template):
         talk.kinds = dict(enumerate(kinds, talk.start))
     return tell
 
-# %% ../../nbs/reference/audit/labels.ipynb #9837adb2
+# %% ../../nbs/reference/audit/labels.ipynb #bef7ba67
 def _marks(tokenizer, template): # -> text from question to answer, id of the stop token, text after
     "What a template writes around an answer."
     if template is None and not tokenizer.chat_template:
@@ -196,7 +197,7 @@ def _marks(tokenizer, template): # -> text from question to answer, id of the st
         return "".join(part.text for part in some if not part.learned)
     return text(parts[asked + 1:answered]), stop, text(parts[answered:])
 
-# %% ../../nbs/reference/audit/labels.ipynb #16fc5690
+# %% ../../nbs/reference/audit/labels.ipynb #ffb13ef8
 def _kinds_of_text(text, answer, tail): # -> (kind, turn) of each character
     kinds = [("prompt", -1)] * len(text)
     for turn, m in enumerate(answer.finditer(text)):
@@ -227,7 +228,7 @@ def _by_template(tokenizer, header, stop, tail):
             at += len(piece)
     return tell
 
-# %% ../../nbs/reference/audit/labels.ipynb #6c74a7da
+# %% ../../nbs/reference/audit/labels.ipynb #f3c5efd9
 def _learned_places(talk):
     "The places that are learned; notes labels that are not their tokens, or are shifted."
     ids, labels = talk.ids, talk.labels
@@ -242,7 +243,7 @@ def _learned_places(talk):
             return set(moved)
     return set(places)
 
-# %% ../../nbs/reference/audit/labels.ipynb #70ea811f
+# %% ../../nbs/reference/audit/labels.ipynb #d2914eba
 def _check_parts(talk, pad_id):
     "Where the kinds are known: which kinds are learned."
     places, taught = {}, set()
@@ -259,7 +260,7 @@ def _check_parts(talk, pad_id):
     masked = [i for i in places.get("answer", []) if i not in talk.learned]
     talk.note("answer partly learned", [i for i in masked if talk.kinds[i][1] in taught])
 
-# %% ../../nbs/reference/audit/labels.ipynb #082678e2
+# %% ../../nbs/reference/audit/labels.ipynb #1f77d21f
 def _check_ends(talk, stop, n_tail, pad_id): # n_tail: how many tokens may follow a stop token
     "Whether anything is learned, no padding, and each stretch to its stop token."
     ids, learned = talk.ids, talk.learned
@@ -281,7 +282,7 @@ def _check_ends(talk, stop, n_tail, pad_id): # n_tail: how many tokens may follo
     if stop == pad_id and not any(ids[i] == stop for i in learned):
         talk.note("pad is the stop token", masked)
 
-# %% ../../nbs/reference/audit/labels.ipynb #2e724c68
+# %% ../../nbs/reference/audit/labels.ipynb #c6fdad59
 def _prompt_length(talk): # tokens before its first answer
     for i, (kind, _) in talk.kinds.items():
         if kind in ("answer", "stop"):
@@ -312,7 +313,7 @@ def _check_columns(talks): # of one batch
                 talk.note(cause, sorted(set().union(*noted)))
             return
 
-# %% ../../nbs/reference/audit/labels.ipynb #514256ad
+# %% ../../nbs/reference/audit/labels.ipynb #1429766e
 def _check_cut_off(talks): # of all batches
     "Which conversations lost the end of an answer to a limit of length."
     longest = max(talk.end - talk.start for talk in talks)
@@ -326,7 +327,7 @@ def _check_cut_off(talks): # of all batches
         elif not others_too:
             talk.note("cut off", unended)
 
-# %% ../../nbs/reference/audit/labels.ipynb #163dfbfd
+# %% ../../nbs/reference/audit/labels.ipynb #20260526
 def _causes(talks): # -> cause -> (its conversations, how often each consequence follows)
     "What is wrong, most frequent first."
     found = {}
@@ -338,7 +339,7 @@ def _causes(talks): # -> cause -> (its conversations, how often each consequence
             follows.update(fault for fault in LABEL_FAULTS[cause].follows if fault in talk.found)
     return dict(sorted(found.items(), key=lambda item: (-len(item[1][0]), item[0])))
 
-# %% ../../nbs/reference/audit/labels.ipynb #ff5acd78
+# %% ../../nbs/reference/audit/labels.ipynb #dac8a97e
 @dataclass
 class LabelReport:
     "What `audit_labels` found."
@@ -372,7 +373,7 @@ class LabelReport:
     def __repr__(self): return _as_text(self)
     def _repr_html_(self): return _as_html(self)
 
-# %% ../../nbs/reference/audit/labels.ipynb #4365a62e
+# %% ../../nbs/reference/audit/labels.ipynb #a82df351
 def _told(figures): # in words
     told = figures["told"]
     if told == 0:
@@ -400,7 +401,7 @@ def _lines(report): # -> of each cause: name, where it is, what it leads to, the
         fault = LABEL_FAULTS[cause]
         yield cause, where, fault.leads_to, fault.fix, consequences
 
-# %% ../../nbs/reference/audit/labels.ipynb #d6a9f0e9
+# %% ../../nbs/reference/audit/labels.ipynb #adfaf370
 def _as_text(report):
     causes = []
     for cause, where, leads_to, fix, follows in _lines(report):
@@ -411,7 +412,6 @@ def _as_text(report):
     return "\n".join([head, *causes, _summary(report)])
 
 def _as_html(report):
-    from sftlab.plots import labels_html # not before: it loads matplotlib
     def cells(tag, texts):
         style = "text-align:left;vertical-align:top"
         some = (f'<{tag} style="{style}">{escape(text)}</{tag}>' for text in texts)
@@ -432,7 +432,7 @@ def _as_html(report):
         shown += f"<div>{escape(title)}</div>{strip}"
     return f"{summary}<table>{table}</table>{shown}"
 
-# %% ../../nbs/reference/audit/labels.ipynb #4368599f
+# %% ../../nbs/reference/audit/labels.ipynb #bccf1dc9
 def label_auditor(
     tokenizer,
     rows:list=None, # with `messages`, as for `audit_labels`
@@ -465,7 +465,7 @@ def _check_batch_of(talks, tell, stop, n_tail, pad_id):
         _check_ends(talk, stop, n_tail, pad_id)
     _check_columns(talks)
 
-# %% ../../nbs/reference/audit/labels.ipynb #799260c1
+# %% ../../nbs/reference/audit/labels.ipynb #c1dc5dcb
 def audit_labels(
     batches, # as they come out of a collator or a DataLoader
     tokenizer,

@@ -61,7 +61,8 @@ def check_targets(
             f"no layer is called {target!r}: choose among {choices}, or 'all-linear'")
     if other := sorted(set().union(*meant.values()) - set(linear)):
         kind = type(modules[other[0]]).__name__
-        raise LoRAError(f"{other[0]} is a {kind} and no linear layer: choose among {choices}")
+        raise LoRAError(f"{other[0]} is no linear layer (it is of type {kind}): "
+                        f"choose among {choices}")
 
 # %% ../../nbs/reference/guards/lora.ipynb #9d587bf6
 def check_replaceable(

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['check_answers', 'check_pad_id', 'check_batches', 'check_batch']
 
-# %% ../../nbs/reference/guards/masking.ipynb #3054b208
+# %% ../../nbs/reference/guards/masking.ipynb #c8818e78
 from ..errors import MaskError
 
-# %% ../../nbs/reference/guards/masking.ipynb #3c663d57
+# %% ../../nbs/reference/guards/masking.ipynb #6b848719
 def check_answers(
     answers, # indices of the messages that are learned
     mode:str, # one of `sftlab.masking.MODES`
@@ -27,7 +27,7 @@ def check_pad_id(
     if pad_id is None:
         raise MaskError("there is nothing to fill up with: give the tokenizer a pad_token")
 
-# %% ../../nbs/reference/guards/masking.ipynb #7b20841f
+# %% ../../nbs/reference/guards/masking.ipynb #7f1af73a
 def check_batches(
     batches:list, # as they come out of a collator
 ):

@@ -6,13 +6,13 @@
 __all__ = ['check_known_model', 'check_architecture', 'check_target_modules', 'check_run', 'check_search', 'check_fits',
            'check_card']
 
-# %% ../../nbs/reference/guards/memory.ipynb #4d7a90ce
+# %% ../../nbs/reference/guards/memory.ipynb #9a210365
 from math import inf
 
 from ..errors import MemoryEstimateError
 from .options import check_choice, check_count
 
-# %% ../../nbs/reference/guards/memory.ipynb #6b112511
+# %% ../../nbs/reference/guards/memory.ipynb #89c2f9b6
 def check_known_model(
     name:str, # as a person typed it
     known, # names that exist, in the order to show them
@@ -33,7 +33,7 @@ def check_architecture(
             f"{model_type or type(model).__name__} cannot be estimated: only what is built like "
             "Llama, Mistral, Qwen2 or Qwen3")
 
-# %% ../../nbs/reference/guards/memory.ipynb #0769e7c0
+# %% ../../nbs/reference/guards/memory.ipynb #263f4183
 def check_target_modules(
     target_modules, # names of matrices
     names, # those that a layer has
@@ -54,7 +54,7 @@ def check_run(
         else:
             check_count(name, value, MemoryEstimateError)
 
-# %% ../../nbs/reference/guards/memory.ipynb #7b0c584e
+# %% ../../nbs/reference/guards/memory.ipynb #68e4d02c
 def check_search(
     card_gb:float, # of the card
     batch:int, length:int, # one of them is None
@@ -66,8 +66,8 @@ def check_search(
             "pass either batch or length: the search looks for the other one")
     if not (0 < card_gb < inf and 0 <= spare < 1):
         raise MemoryEstimateError(
-            f"card_gb is {card_gb} and spare is {spare}: a card has more than 0 GB, a number that "
-            "ends, and spare is a share from 0 to below 1")
+            f"card_gb is {card_gb} and spare is {spare}: a card has a finite size of more than "
+            "0 GB, and spare is a share from 0 to below 1")
 
 def check_fits(
     least, # the `Estimate` of the smallest run
@@ -90,7 +90,7 @@ def check_fits(
         f"{room / 1e9:.1f} to give: {name} alone are {least.terms[name] / 1e9:.1f}; "
         f"what would help: {', '.join(advice)}, or a larger card")
 
-# %% ../../nbs/reference/guards/memory.ipynb #1a158a7a
+# %% ../../nbs/reference/guards/memory.ipynb #3404a4f8
 def check_card(
     expected, # an `Estimate`
 ):
