@@ -9,7 +9,8 @@ import pytest
 
 from sftlab.study import bench
 from sftlab.study.bench import KNOWN_MISSES, LENGTHS, bench_data, bench_lora, bench_nf4
-from sftlab.study.bench import bench_training, generated_rows, in_turn, parts, surprises, table, targets
+from sftlab.study.bench import bench_training, generated_rows, in_turn, parts, surprises, table
+from sftlab.study.bench import targets
 
 WAYS = {"sftlab", "sftlab, plain", "TRL", "TRL, padding_free"}
 
@@ -136,7 +137,8 @@ SPOILT = [
     (lambda r: data_of(r)["same"].update(labels=False),
      ["data, some rows: ids and labels as TRL's"]),
     (lambda r: r["lora"].update(losses_apart=1e-3), ["LoRA: losses as PEFT's, within 1e-5"]),
-    (lambda r: r["lora"].update(losses_apart=float("nan")), ["LoRA: losses as PEFT's, within 1e-5"]),
+    (lambda r: r["lora"].update(losses_apart=float("nan")),
+     ["LoRA: losses as PEFT's, within 1e-5"]),
     (lambda r: r["nf4"]["quantise"].update(same=False),
      ["NF4, quantise: as bitsandbytes', to the bit"]),
 ]
@@ -243,7 +245,8 @@ def test_a_known_miss_may_not_get_worse_nor_stay_in_the_list_when_it_is_met(aske
 
 def test_a_list_that_names_no_target_is_rejected(kept):
     extra = "data, no such file: at least 4 times as fast as TRL"
-    assert surprises(kept, KNOWN_MISSES | {extra: 1.0}) == [f"{extra}: listed as missed, and is not"]
+    found = surprises(kept, KNOWN_MISSES | {extra: 1.0})
+    assert found == [f"{extra}: listed as missed, and is not"]
     one = next(iter(KNOWN_MISSES))
     fewer = {asked: figure for asked, figure in KNOWN_MISSES.items() if asked != one}
     assert len(surprises(kept, fewer)) == 1 and surprises(kept, fewer)[0].startswith(one)

@@ -1,40 +1,50 @@
-"The decode loop where a lesson does not look: odd prompts, odd dials, stopping, and the library's own results."
+"The decode loop where a lesson does not look: odd prompts and dials, stopping, the library."
 import math
+from copy import deepcopy
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sftlab.generation import (complete, cut, evaluate, few_shot_prompt, generate_ids, greedy, interval, sampler, warp_logits, stop_token_ids, stream,
-                               stream_ids)
-from sftlab.tiny.world import examples, test_set as items_of_test
+import sftlab.generation
+from sftlab.generation import (answers_html, complete, evaluate, few_shot_prompt, generate_ids,
+                               greedy, sampler, stop_token_ids, stream,
+                               truncate_at_stop, warp_logits, wilson_interval)
 from sftlab.models import load
+from sftlab.tiny.world import examples
+from sftlab.tiny.world import test_set as items_of_test
 
 
 @pytest.fixture(scope="module")
 def tiny(): return load("tiny")
 
 
-logits_of = st.lists(st.integers(-200, 200), min_size=2, max_size=40, unique=True).map(lambda tenths: torch.tensor(tenths) / 10)
+tenths = st.lists(st.integers(-200, 200), min_size=2, max_size=40, unique=True)
+logits_of = tenths.map(lambda values: torch.tensor(values) / 10)
 
 
 @given(logits_of, st.floats(0.1, 3), st.integers(0, 50), st.floats(0.01, 1))
-def test_something_is_always_left_to_choose_and_the_likeliest_stays(logits, temperature, top_k, top_p):
-    shaped = warp_logits(logits, temperature, top_k, top_p)
-    kept = ~shaped.isinf()
+def test_the_likeliest_can_always_be_chosen(logits, temperature, top_k, top_p):
+    warped = warp_logits(logits, temperature, top_k, top_p)
+    kept = ~warped.isinf()
     assert kept[logits.argmax()]
-    assert torch.equal(shaped[kept], (logits / temperature)[kept])
+    assert torch.equal(warped[kept], (logits / temperature)[kept])
     if top_k:
         assert kept.sum() <= top_k
 
 
 @given(logits_of, st.floats(0.2, 3), st.integers(1, 50), st.floats(0.05, 0.99))
-def test_shaped_logits_are_the_librarys(logits, temperature, top_k, top_p):
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-    theirs = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)])(None, logits[None])[0]
+def test_warped_logits_are_the_librarys(logits, temperature, top_k, top_p):
+    from transformers import (LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper,
+                              TopPLogitsWarper)
+    warpers = [TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k)]
+    warpers = LogitsProcessorList([*warpers, TopPLogitsWarper(top_p)])
+    theirs = warpers(None, logits[None])[0]
     ours = warp_logits(logits, temperature, top_k, top_p)
     differ = ours.isinf() != theirs.isinf()
-    # They sum probabilities upwards, we downwards: a token whose sum meets top_p to within float32's rounding may fall on either side.
+    # They sum probabilities upwards, we downwards: a token whose sum meets top_p to within
+    # float32's rounding may fall on either side.
     p, order = warp_logits(logits, temperature, top_k).softmax(-1).sort(descending=True)
     edge = torch.zeros_like(p).scatter(0, order, (p.cumsum(-1) - p - top_p).abs())
     assert (edge[differ] < 1e-6).all()
@@ -50,7 +60,9 @@ def test_top_p_keeps_the_token_that_crosses_the_line():
 def test_temperature_zero_is_greedy_and_seeds_decide_the_rest():
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
     assert sampler(temperature=0)(logits) == greedy(logits)
-    draw = lambda seed: [pick(logits) for pick in [sampler(seed=seed)] for _ in range(20)]
+    def draw(seed):
+        sample = sampler(seed=seed)
+        return [sample(logits) for _ in range(20)]
     assert draw(1) == draw(1) != draw(2)
 
 
@@ -58,7 +70,8 @@ def test_temperature_zero_is_greedy_and_seeds_decide_the_rest():
 @given(st.lists(st.sampled_from(examples("train", 160)), min_size=1, max_size=6))
 def test_batched_greedy_equals_one_by_one(tiny, rows):
     model, tokenizer = tiny
-    prompts = [few_shot_prompt(rows[:i], row["question"]) for i, row in enumerate(rows)]  # of very different lengths
+    prompts = [few_shot_prompt(rows[:i], row["question"])  # of very different lengths
+               for i, row in enumerate(rows)]
     stops = stop_token_ids(model, tokenizer)
     for done, prompt in zip(complete(model, tokenizer, prompts, max_new_tokens=12), prompts):
         ids, why = generate_ids(model, tokenizer(prompt)["input_ids"], 12, stops)
@@ -76,25 +89,20 @@ def test_every_reason_to_end_is_reported(tiny):
     assert (len(new), why) == (2, "context")
 
 
-def test_stream_shows_only_whole_characters_and_all_of_them(tiny):
+def test_stream_shows_only_whole_characters_and_all_of_them(tiny, monkeypatch):
     model, tokenizer = tiny
     ids = tokenizer("😀")["input_ids"]
     assert len(ids) > 1  # several byte tokens, as the test needs
-    script = iter(ids + tokenizer(" 秘鲁")["input_ids"])
-    pieces = []
-    import sftlab.generation as generation
-    original = generation.sampler
-    generation.sampler = lambda *_: lambda logits: next(script)
-    try:
-        pieces = list(stream(model, tokenizer, [5], max_new_tokens=len(ids) + len(tokenizer(" 秘鲁")["input_ids"]), stop_ids=()))
-    finally:
-        generation.sampler = original
-    assert "".join(pieces) == "😀 秘鲁" and not any("\N{REPLACEMENT CHARACTER}" in p for p in pieces)
+    ids += tokenizer(" 秘鲁")["input_ids"]
+    script = iter(ids)
+    monkeypatch.setattr(sftlab.generation, "sampler", lambda *_: lambda logits: next(script))
+    pieces = list(stream(model, tokenizer, [5], max_new_tokens=len(ids), stop_ids=()))
+    assert "".join(pieces) == "😀 秘鲁"
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
 def test_several_stop_tokens_are_found(tiny):
     model, tokenizer = tiny
-    from copy import deepcopy
     other = deepcopy(model)
     other.generation_config.eos_token_id = [1, 2]
     assert stop_token_ids(other, tokenizer) == {1, 2, tokenizer.eos_token_id}
@@ -106,26 +114,45 @@ def test_evaluation_tells_right_from_nearly_right(tiny):
     "Exact, begins and stopped are three different things."
     model, tokenizer = tiny
     item = items_of_test()[0]
-    answered = evaluate(model, tokenizer, [item], lambda i: i["question"])[0]
-    assert not answered["exact"]
-    as_said = evaluate(model, tokenizer, [{**item, "answer": answered["output"]}], lambda i: i["question"])[0]
-    assert as_said["exact"] and as_said["begins"]
-    longer = evaluate(model, tokenizer, [{**item, "answer": answered["output"] + "!"}], lambda i: i["question"])[0]
-    assert not longer["exact"] and not longer["begins"]
-    if len(answered["output"]) > 1:
-        shorter = evaluate(model, tokenizer, [{**item, "answer": answered["output"][:-1]}], lambda i: i["question"])[0]
-        assert not shorter["exact"] and shorter["begins"]
+    output = evaluate(model, tokenizer, [item], lambda i: i["question"])[0]["output"]
+    def judged(answer):
+        asked = [{**item, "answer": answer}]
+        row = evaluate(model, tokenizer, asked, lambda i: i["question"])[0]
+        return row["exact"], row["begins"]
+    assert len(output) > 1
+    assert judged(output) == (True, True)
+    assert judged(output[:-1]) == (False, True)
+    assert judged(output + "!") == judged(item["answer"]) == (False, False)
 
 
-def test_a_text_is_cut_where_the_first_end_begins():
-    assert cut("Lima.\nQ: more\n\nstill", ("\n\n", "\nQ:")) == "Lima."
-    assert cut("Lima.", ("\n\n",)) == cut("Lima.", ()) == "Lima."
+def test_the_output_is_cut_before_it_is_compared(tiny):
+    model, tokenizer = tiny
+    item = items_of_test()[0]
+    def answered(**options):
+        return evaluate(model, tokenizer, [item], lambda i: i["question"], **options)[0]["output"]
+    whole = answered()
+    middle = whole[len(whole) // 2:]
+    assert answered(stop_strings=(middle,)) == whole[:len(whole) // 2].strip()
+
+
+def test_a_text_is_cut_where_the_first_stop_string_begins():
+    assert truncate_at_stop("Lima.\nQ: more\n\nstill", ("\n\n", "\nQ:")) == "Lima."
+    assert truncate_at_stop("Lima.", ("\n\n",)) == truncate_at_stop("Lima.", ()) == "Lima."
+
+
+def test_answers_are_shown_as_text(tiny):
+    model, tokenizer = tiny
+    html = answers_html(model, model, tokenizer, [], "<script>alert('x')</script>")
+    assert "<script" not in html and html.count("prompt tokens; ") == 3
+    for title in ("base", "base, few-shot", "instruct"):
+        assert f">{title}</div>" in html
 
 
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_interval_is_wilsons(case):
+def test_the_interval_is_wilsons(case):
     from scipy.stats import binomtest
     successes, n = case
     theirs = binomtest(successes, n).proportion_ci(method="wilson")
-    ours = interval(successes, n)
-    assert math.isclose(ours[0], theirs.low, abs_tol=1e-4) and math.isclose(ours[1], theirs.high, abs_tol=1e-4)  # 1.96 for 1.959964
+    low, high = wilson_interval(successes, n)  # with 1.96 for 1.959964
+    assert math.isclose(low, theirs.low, abs_tol=1e-4)
+    assert math.isclose(high, theirs.high, abs_tol=1e-4)

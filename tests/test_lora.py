@@ -6,9 +6,8 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from transformers import (
 
 from sftlab import lora
 from sftlab.errors import LoRAError, OutputError
+from sftlab.files import adapters as files
 from sftlab.files.adapters import adapter_config, adapter_tensors, load_adapter, save_adapter
 from sftlab.lora import (
     LoRALinear, adapters, check_applied, inject, merge, remove, replace_module, targets_of,
@@ -178,7 +178,8 @@ def test_a_layer_is_its_formula(n_in, n_out, r, alpha, bias, use_rslora):
     base = torch.nn.Linear(n_in, n_out, bias=bias).double()
     layer = LoRALinear(base, r, alpha, use_rslora=use_rslora)
     x = torch.randn(3, n_in).double()
-    layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.double(), torch.randn(n_out, r).double()
+    layer.lora_A.data = layer.lora_A.data.double()
+    layer.lora_B.data = torch.randn(n_out, r).double()
     scale = alpha / (math.sqrt(r) if use_rslora else r)
     weight = base.weight + scale * layer.lora_B @ layer.lora_A
     expected = torch.nn.functional.linear(x, weight, base.bias)
@@ -429,31 +430,31 @@ def test_saving_writes_over_nothing(tmp_path):
     assert not (tmp_path / "none").exists() and not (tmp_path / "merged").exists()
 
 
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[3])
-from sftlab.files import adapters
-from test_lora import learned
-model = learned()
 def kill(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
-match sys.argv[2]:
-    case "before the weights": adapters.save_file = kill
-    case "before the config": Path.write_text = kill
-    case "before the name": os.replace = kill
-adapters.save_adapter(model, Path(sys.argv[1]) / "adapter", "x")
-"""
 
 
-@pytest.mark.parametrize("when", ["before the weights", "before the config", "before the name"])
-def test_a_kill_leaves_no_half_adapter(when, tmp_path):
-    args = [sys.executable, "-c", CHILD, str(tmp_path), when, os.path.dirname(__file__)]
-    done = subprocess.run(args, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (tmp_path / "adapter").exists()
-    save_adapter(learned(), tmp_path / "adapter", "x")
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"] # what was left is gone
-    load_adapter(small(), tmp_path / "adapter")
+def end_of_a_child_that_saves(model, folder, module, name):
+    "The exit code of a process that saves, with a function replaced by one that kills it."
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        signal.alarm(60) # a child that hangs is ended, by another signal
+        setattr(module, name, kill)
+        save_adapter(model, folder, "x")
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("module, name", [
+    (files, "save_file"), (Path, "write_text"), (os, "replace")],
+    ids=["before the weights", "before the config", "before the name"])
+def test_a_kill_leaves_no_half_adapter(module, name, tmp_path):
+    model, folder = learned(), tmp_path / "adapter"
+    assert end_of_a_child_that_saves(model, folder, module, name) == -signal.SIGKILL
+    assert not folder.exists() and len(list(tmp_path.iterdir())) == 1 # what it had begun
+    save_adapter(model, folder, "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"] # that is gone
+    load_adapter(small(), folder)
 
 
 @pytest.fixture(scope="module")

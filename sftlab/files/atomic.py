@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['atomic_file', 'atomic_dir']
 
-# %% ../../nbs/reference/files/atomic.ipynb #5307dd55
+# %% ../../nbs/reference/files/atomic.ipynb #b0b9242c
 import filecmp
 import os
 import shutil
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import OutputError
 
-# %% ../../nbs/reference/files/atomic.ipynb #23a0ecc2
+# %% ../../nbs/reference/files/atomic.ipynb #5e1f8550
 def _partial(path): # where `path` is written before it is whole
     return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
 
@@ -46,15 +46,16 @@ def _sweep(path) -> int: # the number of another process that is writing `path` 
             _remove(partial)
     return 0
 
-# %% ../../nbs/reference/files/atomic.ipynb #3c9d8b5a
+# %% ../../nbs/reference/files/atomic.ipynb #f97d4ceb
 def _there(path):
-    return OutputError(f"{path} is there already, and nothing is written over: move it away, or name another file")
+    return OutputError(f"{path} is there already, and nothing is written over: "
+                       "move it away, or name another file")
 
 @contextmanager
 def atomic_file(
     path, # the file to write
     mode:str="w", # "w": text, in UTF-8 with line ends as they are; "wb": bytes
-    exist:str="replace", # a file of that name is replaced; "refuse": it stays, and is an error; "same": an error unless it holds the same
+    exist:str="replace", # what is there is replaced; "refuse": is an error; "same": unless equal
 ): # an open file
     "A file that appears when all of it is written; an `OutputError` where that cannot be."
     path = Path(path)
@@ -72,11 +73,13 @@ def atomic_file(
                 raise _there(path)
         os.replace(partial, path)
     except OSError as e:
+        if e.filename not in (None, str(partial), str(path), str(path.parent)):
+            raise # about another file, which the caller reads
         raise OutputError(f"{path}: cannot be written: {e.strerror or e}") from e
     finally:
         _remove(partial)
 
-# %% ../../nbs/reference/files/atomic.ipynb #2bd864da
+# %% ../../nbs/reference/files/atomic.ipynb #a584dcad
 def _check_place(path, final, overwrite, mark):
     "Refuse a folder that must stay as it is."
     if final == Path.cwd():
@@ -85,9 +88,11 @@ def _check_place(path, final, overwrite, mark):
         return
     ours = path.is_dir() and (not mark or (path / mark).is_file())
     if mark and ours and not overwrite:
-        raise OutputError(f"{path} holds a finished run: name another folder, or say --overwrite to replace it")
+        raise OutputError(f"{path} holds a finished run: name another folder, "
+                          "or say --overwrite to replace it")
     if not (ours and overwrite):
-        raise OutputError(f"{path} is there already and is not an empty folder: name another one, nothing is written over")
+        raise OutputError(f"{path} is there already and is not an empty folder: "
+                          "name another one, nothing is written over")
 
 @contextmanager
 def atomic_dir(
@@ -103,7 +108,8 @@ def atomic_dir(
         _check_place(path, final, overwrite, mark)
         final.parent.mkdir(parents=True, exist_ok=True)
         if pid := _sweep(final):
-            raise OutputError(f"{path}: another run (process {pid}) is writing it now: wait for it, or name another folder")
+            raise OutputError(f"{path}: another run (process {pid}) is writing it now: "
+                              "wait for it, or name another folder")
         partial.mkdir()
     except OSError as e:
         raise OutputError(f"{path}: cannot be made: {e.strerror or e}") from e

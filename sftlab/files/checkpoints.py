@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_fingerprint', 'save_checkpoint', 'check_checkpoint', 'load_checkpoint']
 
-# %% ../../nbs/reference/files/checkpoints.ipynb #f5dc7e2d
+# %% ../../nbs/reference/files/checkpoints.ipynb #6eb6ed32
 import hashlib
 import json
 import shutil
@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import TrainingError
 from .atomic import atomic_dir
 
-# %% ../../nbs/reference/files/checkpoints.ipynb #ea80550b
+# %% ../../nbs/reference/files/checkpoints.ipynb #1b32d61b
 def run_fingerprint(
     model, # as it is before the first step
     rows:list, eval_rows:list, # of dicts with `input_ids` and `labels`; the second may be None
@@ -33,7 +33,7 @@ def run_fingerprint(
                 weights=weights.hexdigest()[:16], rows=len(rows), data=data.hexdigest()[:16],
                 collate=collate.__name__, loss_fn=loss_fn.__name__)
 
-# %% ../../nbs/reference/files/checkpoints.ipynb #9da3e723
+# %% ../../nbs/reference/files/checkpoints.ipynb #5b106c7f
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 def _checkpoints(folder): return sorted(Path(folder).glob("step-" + 8 * "[0-9]"))
@@ -45,7 +45,7 @@ def _sums(folder) -> bytes: # as the program sha256sum writes it
             lines.append(f"{hashlib.file_digest(f, 'sha256').hexdigest()}  {name}\n")
     return "".join(lines).encode()
 
-# %% ../../nbs/reference/files/checkpoints.ipynb #ccaa76b5
+# %% ../../nbs/reference/files/checkpoints.ipynb #ec4691e8
 def _state_tensors(model, optimizer) -> dict: # what the optimiser and the random numbers remember
     import torch
     tensors = {}
@@ -57,7 +57,7 @@ def _state_tensors(model, optimizer) -> dict: # what the optimiser and the rando
         tensors["random.cuda"] = torch.cuda.get_rng_state(model.device)
     return tensors
 
-# %% ../../nbs/reference/files/checkpoints.ipynb #42962f9d
+# %% ../../nbs/reference/files/checkpoints.ipynb #b086cbd2
 def save_checkpoint(
     folder, # of all checkpoints of a run
     model, optimizer,
@@ -77,7 +77,7 @@ def save_checkpoint(
     for old in _checkpoints(folder)[:-2]:
         shutil.rmtree(old)
 
-# %% ../../nbs/reference/files/checkpoints.ipynb #4d3e477a
+# %% ../../nbs/reference/files/checkpoints.ipynb #3639b946
 def _check_files(path):
     "Refuse a checkpoint that is damaged."
     fix = "delete that folder, then the one before it is taken, or it begins anew"
@@ -108,7 +108,7 @@ def check_checkpoint(
             "and give the same rows and settings, or name another folder")
     return state["history"]
 
-# %% ../../nbs/reference/files/checkpoints.ipynb #6068662d
+# %% ../../nbs/reference/files/checkpoints.ipynb #1402258a
 def _restore(optimizer, tensors):
     "Fill a fresh optimiser with what another one remembered."
     filled = optimizer.state_dict()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JSON_CELLS', 'records', 'without_nulls']
 
-# %% ../../nbs/reference/files/containers.ipynb #d9ae738a
+# %% ../../nbs/reference/files/containers.ipynb #87ea6a2c
 import csv
 import gzip
 import json
@@ -75,7 +75,7 @@ def _from_text(file, path):
     elif begin:
         yield from _csv(first, lines, skipped, path)
 
-# %% ../../nbs/reference/files/containers.ipynb #8af7cb8b
+# %% ../../nbs/reference/files/containers.ipynb #20dce9b5
 _GAP = re.compile(r"[\s\ufeff]*") # between two values
 _ODD = Problem("", "holds JSON that no data set needs (a number of thousands of digits, or "
                "hundreds of lists in lists)", "take it out")
@@ -164,7 +164,7 @@ def _json_list(text, skipped):
         problem = _broken(json.JSONDecodeError("Extra data", text, rest), skipped)
         yield f"row {n + 1}", text[rest:], problem
 
-# %% ../../nbs/reference/files/containers.ipynb #95eb3e37
+# %% ../../nbs/reference/files/containers.ipynb #a1ea61e6
 JSON_CELLS = { # fields of a table that may hold a list -> how such a cell begins
     "messages": "[", "conversations": "[", "history": "[", "prompt": "[{", "completion": "[{"}
 
@@ -233,7 +233,7 @@ def _csv(first, lines, skipped, path):
             fix = "put quotes around a cell that holds a comma or a line end"
             yield place, cells, Problem("", what, fix)
 
-# %% ../../nbs/reference/files/containers.ipynb #04b6479e
+# %% ../../nbs/reference/files/containers.ipynb #4657d6ef
 def without_nulls(
     value, # of a row
 ): # the same, without what is None in its objects

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Record', 'scan', 'iter_valid_rows', 'rejected_path', 'read_rows', 'to_dataset', 'read_messages']
 
-# %% ../../nbs/reference/files/rows.ipynb #b50e7b41
+# %% ../../nbs/reference/files/rows.ipynb #13bd746c
 import hashlib
 import json
 import os

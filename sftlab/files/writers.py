@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_rows']
 
-# %% ../../nbs/reference/files/writers.ipynb #301bc9d1
+# %% ../../nbs/reference/files/writers.ipynb #e6375456
 import csv
 import gzip
 import io

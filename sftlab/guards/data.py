@@ -8,7 +8,7 @@ __all__ = ['HALF', 'Problem', 'kind_of', 'check_text', 'check_rest', 'check_turn
            'check_input', 'check_speaker', 'check_last_turn', 'check_own_fields', 'check_shares', 'check_field',
            'check_groups', 'check_slots']
 
-# %% ../../nbs/reference/guards/data.ipynb #3d0d2be7
+# %% ../../nbs/reference/guards/data.ipynb #c5ac9933
 import json
 import re
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ def check_text(
     if fault:
         problems.append(Problem(at + name, *fault))
 
-# %% ../../nbs/reference/guards/data.ipynb #66dce087
+# %% ../../nbs/reference/guards/data.ipynb #2afd5213
 def check_rest(
     rest:dict, # fields that are carried along
     problems:list, # what is found wrong is added here
@@ -94,7 +94,7 @@ def check_rest(
             what = f"has {mark[0]!r}, a mark of chat templates, typed as text"
             problems.append(Problem(at + name, what, _REWRITE))
 
-# %% ../../nbs/reference/guards/data.ipynb #8e5b45e8
+# %% ../../nbs/reference/guards/data.ipynb #011f8424
 def _may_be_silent(turn, content, role) -> bool:
     value = turn.get(content)
     blank = value is None or isinstance(value, str) and not value.strip()
@@ -140,7 +140,7 @@ def check_turns(
     for i, turn in enumerate(row[name]):
         _check_turn(turn, problems, f"{name}[{i}]", speaker, content, roles)
 
-# %% ../../nbs/reference/guards/data.ipynb #bb3324c7
+# %% ../../nbs/reference/guards/data.ipynb #d694c2a0
 def check_alpaca(row:dict, problems:list, roles:dict=None):
     "Look for what is wrong with an Alpaca row."
     history = row.get("history") or []
@@ -236,7 +236,7 @@ def check_order(
         what = "has no turn by the assistant, so there is nothing to learn"
         problems.append(Problem("", what, "add the answer, or take the row out"))
 
-# %% ../../nbs/reference/guards/data.ipynb #2927a40f
+# %% ../../nbs/reference/guards/data.ipynb #8196ce51
 def check_pairs(
     turns:list, # without the system message
     plain:bool, # whether each is only a string and who says it
@@ -282,7 +282,7 @@ def check_own_fields(
         raise DataError(f"the row has a field {taken[0]!r} of its own, which {format} rows use for "
                         "the conversation: give it another name")
 
-# %% ../../nbs/reference/guards/data.ipynb #d0b2d424
+# %% ../../nbs/reference/guards/data.ipynb #ae52b6fb
 def check_shares(shares:dict):
     "Refuse, by a `DataError`, shares that are not numbers above 0."
     if not shares or min(shares.values()) <= 0:

@@ -6,7 +6,8 @@
 __all__ = ['LESSON', 'q1', 'q2', 'q3', 'q4', 'q5', 'q6']
 
 # %% ../../../exercises/solutions/02_data.ipynb #0a3538dc
-import json, zlib
+import json  # noqa: F811
+import zlib  # noqa: F811
 from collections import Counter
 from ..exercises import OpenQuestion, Question
 
@@ -29,17 +30,36 @@ def from_sharegpt(row):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/02_data.ipynb #197d4fc3
-q1 = Question("data.sharegpt", "Who speaks?", from_sharegpt, example=lambda: ({"conversations": [{"from": "human", "value": "Name a fruit."}, {"from": "gpt", "value": "Apple"}]},), stars=1, minutes=8, hints=[
-    "A dict from speakers to roles says it all; look every speaker up, do not count turns.",
-    "`if turn[\"from\"] not in roles: raise ValueError(…)`",
-    "`row.get(\"system\")` is None where there is no such field, and empty where there is nothing in it; both are false."])
+q1 = Question("data.sharegpt", "Who speaks?", from_sharegpt,
+    example=lambda: ({"conversations": [{"from": "human", "value": "Name a fruit."},
+                                        {"from": "gpt", "value": "Apple"}]},),
+    stars=1, minutes=8, hints=[
+        "A dict from speakers to roles says it all; look every speaker up, do not count turns.",
+        "`if turn[\"from\"] not in roles: raise ValueError(…)`",
+        "`row.get(\"system\")` is None where there is no such field, and empty where there is "
+            "nothing in it; both are false.",
+    ])
 
 @q1.inputs
 def _(rng):
-    say = lambda who: {"from": who, "value": rng.choice(["a", " B", "\nc ", "D\n\n"]) + str(rng.randrange(100)) + rng.choice(["", " ", "\n"])}
-    row = lambda *who, **more: ({"conversations": list(map(say, who)), **more},)
-    return [row("gpt"), row("human", "gpt", system="Be brief."), row("human", "gpt", system=""), row("system", "human", "gpt"), row("gpt", "human", "gpt"),
-            row("human", "robot"), row("human", "gpt", "human", "gpt", id=rng.randrange(9)), row("tool", "human", "gpt"), row("Human", "gpt"), row("system", "human", "gpt", system="Be kind.")]
+    def say(who):
+        begin = rng.choice(["a", " B", "\nc ", "D\n\n"])
+        number = str(rng.randrange(100))
+        return {"from": who, "value": begin + number + rng.choice(["", " ", "\n"])}
+    def row(*who, **more):
+        return ({"conversations": [say(one) for one in who], **more},)
+    return [
+        row("gpt"),
+        row("human", "gpt", system="Be brief."),
+        row("human", "gpt", system=""),
+        row("system", "human", "gpt"),
+        row("gpt", "human", "gpt"),
+        row("human", "robot"),
+        row("human", "gpt", "human", "gpt", id=rng.randrange(9)),
+        row("tool", "human", "gpt"),
+        row("Human", "gpt"),
+        row("system", "human", "gpt", system="Be kind."),
+    ]
 
 # %% ../../../exercises/solutions/02_data.ipynb #65f26ee6
 _SHAREGPT = dict(human="user", gpt="assistant", system="system")
@@ -49,39 +69,62 @@ def _role(who):
         raise ValueError(who)
     return _SHAREGPT[who]
 
-def _sharegpt(row, role=_role, system=lambda row: [row["system"]] if row.get("system") else [], keep=lambda who: True):
-    return [dict(role="system", content=text) for text in system(row)] + [dict(role=role(turn["from"]), content=turn["value"]) for turn in row["conversations"] if keep(turn["from"])]
+def _system(row): return [row["system"]] if row.get("system") else []
 
-@q1.mistake("roles carried over", "the fields are renamed, the speakers are not: `human` and `gpt` are no roles, and a chat template looks for `user` and `assistant`.")
+def _sharegpt(row, role=_role, system=_system, keep=lambda who: True):
+    messages = [dict(role="system", content=text) for text in system(row)]
+    for turn in row["conversations"]:
+        if keep(turn["from"]):
+            messages.append(dict(role=role(turn["from"]), content=turn["value"]))
+    return messages
+
+@q1.mistake("roles carried over",
+    "the fields are renamed, the speakers are not: `human` and `gpt` are no roles, and a chat "
+    "template looks for `user` and `assistant`.")
 def _(row): return _sharegpt(row, role=lambda who: who)
 
-@q1.mistake("roles by counting", "you give the roles by turns, user and assistant. Look at who speaks: rows may begin with somebody else.")
+@q1.mistake("roles by counting",
+    "you give the roles by turns, user and assistant. Look at who speaks: rows may begin with "
+    "somebody else.")
 def _(row):
-    return _sharegpt(row, role=lambda who, turns=iter(["user", "assistant"] * 9): next(turns))
+    turns = iter(["user", "assistant"] * 9)
+    return _sharegpt(row, role=lambda who: next(turns))
 
-@q1.mistake("leaves unknown speakers out", "a turn by a speaker that you do not know disappears without a word, and the row says something else. Raise a ValueError.")
+@q1.mistake("leaves unknown speakers out",
+    "a turn by a speaker that you do not know disappears without a word, and the row says "
+    "something else. Raise a ValueError.")
 def _(row): return _sharegpt(row, keep=lambda who: who in _SHAREGPT)
 
-@q1.mistake("guesses unknown speakers", "a speaker that nobody knows becomes a user (or the like) in your result. Do not guess: raise a ValueError.")
+@q1.mistake("guesses unknown speakers",
+    "a speaker that nobody knows becomes a user (or the like) in your result. Do not guess: raise "
+    "a ValueError.")
 def _(row): return _sharegpt(row, role=lambda who: _SHAREGPT.get(who, "user"))
 
-@q1.mistake("everybody else is the assistant", "whoever is not `human` becomes the assistant in your result. Look every speaker up, and raise a ValueError for the others.")
+@q1.mistake("everybody else is the assistant",
+    "whoever is not `human` becomes the assistant in your result. Look every speaker up, and "
+    "raise a ValueError for the others.")
 def _(row): return _sharegpt(row, role=lambda who: "user" if who == "human" else "assistant")
 
 # %% ../../../exercises/solutions/02_data.ipynb #61a0ffdd
-@q1.mistake("a KeyError", "for an unknown speaker a KeyError comes out of your function. It says a name and nothing else; raise a ValueError that says what is wrong.")
+@q1.mistake("a KeyError",
+    "for an unknown speaker a KeyError comes out of your function. It says a name and nothing "
+    "else; raise a ValueError that says what is wrong.")
 def _(row): return _sharegpt(row, role=_SHAREGPT.__getitem__)
 
 @q1.mistake("forgets the system field", "the text in the field `system` is lost.")
 def _(row): return _sharegpt(row, system=lambda row: [])
 
-@q1.mistake("an empty system message", "an empty field `system` becomes an empty message. Where nothing is said, there is no message.")
+@q1.mistake("an empty system message",
+    "an empty field `system` becomes an empty message. Where nothing is said, there is no message.")
 def _(row): return _sharegpt(row, system=lambda row: [row["system"]] if "system" in row else [])
 
-@q1.mistake("trims the texts", "what was said comes out changed: you take white space off. Whether that is wise is another question; a converter carries texts as they are.")
+@q1.mistake("trims the texts",
+    "what was said comes out changed: you take white space off. Whether that is wise is another "
+    "question; a converter carries texts as they are.")
 def _(row): return [dict(m, content=m["content"].strip()) for m in from_sharegpt(row)]
 
-@q1.mistake("wants a system field", "most rows have no field `system`, and your function fails on them: use `row.get(\"system\")`.")
+@q1.mistake("wants a system field",
+    "most rows have no field `system`, and your function fails on them: use `row.get(\"system\")`.")
 def _(row): return _sharegpt(row, system=lambda row: [row["system"]] if row["system"] else [])
 
 # %% ../../../exercises/solutions/02_data.ipynb #5ccf53df
@@ -104,21 +147,48 @@ def read_jsonl(text):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/02_data.ipynb #690ff5bb
-q2 = Question("data.jsonl", "Every line accounted for", read_jsonl, example=lambda: ('{"a": 1}\n\n{"a": \n{"a": 2}\n',), stars=2, minutes=12, hints=[
-    "`enumerate(…, 1)`, and count before you decide what to do with a line.",
-    "`json.loads` takes numbers, lists and texts too: look at what came out.",
-    "`splitlines()` splits at a dozen characters, U+2028 among them, which people's texts hold. `split(\"\\n\")` splits at one."])
+q2 = Question("data.jsonl", "Every line accounted for", read_jsonl,
+    example=lambda: ('{"a": 1}\n\n{"a": \n{"a": 2}\n',),
+    stars=2, minutes=12, hints=[
+        "`enumerate(…, 1)`, and count before you decide what to do with a line.",
+        "`json.loads` takes numbers, lists and strings too: look at what came out.",
+        "`splitlines()` splits at a dozen characters, U+2028 among them, which people's texts "
+            "hold. `split(\"\\n\")` splits at one.",
+    ])
 
 @q2.inputs
 def _(rng):
-    n = lambda: rng.randrange(1000)
-    good, bad, other = lambda: f'{{"a": {n()}}}', lambda: rng.choice(['{"a": 1', "{'a': 1}", '{"a": 1},', "a: 1", '{"a": 1} {"a": 2}', '{"a": "1\t2"}']), lambda: rng.choice([f"[{n()}]", '"a"', str(n()), "null"])
-    lines = [[good()], [bad()], [good(), bad(), good()], ["", good(), "", bad()], [good(), "  ", good(), ""], [other(), good()], [good(), bad(), "", good(), bad(), good()], [bad(), other(), bad()],
-             [f'{{"a": "{n()}\u2028b"}}', good(), bad()], [f'{{"a": "{n()}\x85"}}'], [good(), "", "", other(), good()], [], ["  " + good() + " ", bad()], ["{}", good()], [good(), '{"a": "b\tc"}'], [twin := good(), good(), twin]]
+    def n(): return rng.randrange(1000)
+    def good(): return f'{{"a": {n()}}}'
+    def bad():
+        return rng.choice(['{"a": 1', "{'a': 1}", '{"a": 1},', "a: 1",
+                           '{"a": 1} {"a": 2}', '{"a": "1\t2"}'])
+    def other(): return rng.choice([f"[{n()}]", '"a"', str(n()), "null"])
+    lines = [
+        [good()],
+        [bad()],
+        [good(), bad(), good()],
+        ["", good(), "", bad()],
+        [good(), "  ", good(), ""],
+        [other(), good()],
+        [good(), bad(), "", good(), bad(), good()],
+        [bad(), other(), bad()],
+        [f'{{"a": "{n()}\u2028b"}}', good(), bad()],
+        [f'{{"a": "{n()}\x85"}}'],
+        [good(), "", "", other(), good()],
+        [],
+        ["  " + good() + " ", bad()],
+        ["{}", good()],
+        [good(), '{"a": "b\tc"}'],
+        [twin := good(), good(), twin],
+    ]
     return [("\n".join(some),) for some in lines]
 
 # %% ../../../exercises/solutions/02_data.ipynb #69991c2f
-def _jsonl(text, split=lambda text: text.split("\n"), first=1, blank=None, objects=True, on_bad=lambda bad, number: bad.append(number), compact=False):
+def _lines(text): return text.split("\n")
+def _note(bad, number): bad.append(number)
+
+def _jsonl(text, split=_lines, first=1, blank=False, objects=True, on_bad=_note, compact=False):
     rows, bad, lines = [], [], split(text)
     if compact:
         lines = [line for line in lines if line.strip()]
@@ -130,57 +200,85 @@ def _jsonl(text, split=lambda text: text.split("\n"), first=1, blank=None, objec
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            row = _jsonl
-        if isinstance(row, dict) or not objects and row is not _jsonl:
+            row = _jsonl # no value that JSON can hold
+        if isinstance(row, dict) or (not objects and row is not _jsonl):
             rows.append(row)
         elif on_bad(bad, number):
             break
     return rows, bad
 
-@q2.mistake("bad lines disappear", "bad lines are skipped without a word. Rows that go missing in silence are the fault that nobody finds.")
+@q2.mistake("bad lines disappear",
+    "bad lines are skipped without a word. Rows that go missing in silence are the fault that "
+    "nobody finds.")
 def _(text): return _jsonl(text, on_bad=lambda bad, number: None)
 
 @q2.mistake("counts from 0", "your line numbers begin at 0; editors, and people, begin at 1.")
 def _(text): return _jsonl(text, first=0)
 
-@q2.mistake("blank lines are not counted", "your numbers count only the lines that are not blank, so whoever opens the file looks at the wrong line.")
+@q2.mistake("blank lines are not counted",
+    "your numbers count only the lines that are not blank, so whoever opens the file looks at the "
+    "wrong line.")
 def _(text): return _jsonl(text, compact=True)
 
-@q2.mistake("blank lines are bad", "a blank line is in your list of bad lines. It holds nothing that could be lost (and most files end with one).")
+@q2.mistake("blank lines are bad",
+    "a blank line is in your list of bad lines. It holds nothing that could be lost (and most "
+    "files end with one).")
 def _(text): return _jsonl(text, blank=True)
 
-@q2.mistake("takes what is no object", "a number, a list or a text is JSON, too, and you take it for a row.")
+@q2.mistake("takes what is no object",
+    "a number, a list or a string is JSON, too, and you take it for a row.")
 def _(text): return _jsonl(text, objects=False)
 
 # %% ../../../exercises/solutions/02_data.ipynb #462790ff
-@q2.mistake("skips what is no object", "a number, a list or a text is no row, and you leave it out in silence; it belongs to the bad lines.")
+@q2.mistake("skips what is no object",
+    "a number, a list or a string is no row, and you leave it out in silence; it belongs to the "
+    "bad lines.")
 def _(text):
     rows, bad = _jsonl(text, objects=False)
     return [row for row in rows if isinstance(row, dict)], bad
 
-@q2.mistake("stops at the first bad line", "after the first bad line you read no further; what is good behind it is lost.")
-def _(text): return _jsonl(text, on_bad=lambda bad, number: bad.append(number) or True)
+@q2.mistake("stops at the first bad line",
+    "after the first bad line you read no further; what is good after it is lost.")
+def _(text):
+    def note_and_stop(bad, number):
+        bad.append(number)
+        return True
+    return _jsonl(text, on_bad=note_and_stop)
 
-@q2.mistake("twins disappear", "a row that was there before is missing from your result. Repeats are worth knowing of, but they are rows: nothing goes in silence.")
+@q2.mistake("twins disappear",
+    "a row that was there before is missing from your result. Repeats are worth knowing of, but "
+    "they are rows: nothing goes in silence.")
 def _(text):
     rows, bad = _jsonl(text)
     return [row for i, row in enumerate(rows) if row not in rows[:i]], bad
 
-@q2.mistake("an empty object is bad", "`{}` is an object, with nothing in it, and your function takes it for bad (is there an `if row:`?). It is not this reader's business what a row holds.")
+@q2.mistake("an empty object is bad",
+    "`{}` is an object, with nothing in it, and your function takes it for bad (is there an `if "
+    "row:`?). It is not this reader's business what a row holds.")
 def _(text):
     rows, bad = _jsonl(text)
-    return [row for row in rows if row], sorted(bad + [n for n, line in enumerate(text.split("\n"), 1) if line == "{}"])
+    empty = [n for n, line in enumerate(_lines(text), 1) if line == "{}"]
+    return [row for row in rows if row], sorted(bad + empty)
 
-@q2.mistake("splitlines", "you split in the middle of a text: `splitlines()` takes U+2028 and others for line ends. Split at \"\\n\" alone.")
+@q2.mistake("splitlines",
+    "you split in the middle of a string: `splitlines()` takes U+2028 and others for line ends. "
+    "Split at \"\\n\" alone.")
 def _(text): return _jsonl(text, split=str.splitlines)
 
-@q2.mistake("fails on a bad line", "the first bad line ends your function with an error. Catch it, `except json.JSONDecodeError`, and note the line.")
-def _(text): return [json.loads(line) for line in text.split("\n") if line.strip()] and _jsonl(text)
+@q2.mistake("fails on a bad line",
+    "the first bad line ends your function with an error. Catch it, `except "
+    "json.JSONDecodeError`, and note the line.")
+def _(text):
+    for line in _lines(text):
+        if line.strip():
+            json.loads(line)
+    return _jsonl(text)
 
-@q2.mistake("gives the lines themselves", "you give the bad lines' text; their numbers are wanted, so that one can go there.")
+@q2.mistake("gives the lines themselves",
+    "you return the bad lines' text; their numbers are wanted, so that one can go there.")
 def _(text):
     rows, bad = _jsonl(text)
-    return rows, [text.split("\n")[n - 1] for n in bad]
+    return rows, [_lines(text)[n - 1] for n in bad]
 
 # %% ../../../exercises/solutions/02_data.ipynb #a4e8a3cf
 def jaccard(a, b):
@@ -193,78 +291,150 @@ def jaccard(a, b):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/02_data.ipynb #94dd4752
-q3 = Question("data.jaccard", "Nearly the same", jaccard, example=lambda: ("the cat sat on the mat", "The cat sat on a mat"), stars=2, minutes=12, hints=[
-    "A set of tuples: `&` is what they share, `|` is what either has.",
-    "A text of n words has n - 2 runs. What comes out for n = 3, and what for n = 2?",
-    "`{tuple(words[i:i + 3]) for i in range(max(1, len(words) - 2))}`"])
+q3 = Question("data.jaccard", "Nearly the same", jaccard,
+    example=lambda: ("the cat sat on the mat", "The cat sat on a mat"),
+    stars=2, minutes=12, hints=[
+        "A set of tuples: `&` is what they share, `|` is what either has.",
+        "A text of n words has n - 2 runs. What comes out for n = 3, and what for n = 2?",
+        "`{tuple(words[i:i + 3]) for i in range(max(1, len(words) - 2))}`",
+    ])
 
 @q3.inputs
 def _(rng):
     def text(n):
         return " ".join(rng.choice(["red", "blue", "Green", "old", "new"]) for _ in range(n))
     def near(words):
-        (words := words.split())[rng.randrange(len(words))] = "odd"
+        words = words.split()
+        words[rng.randrange(len(words))] = "odd"
         return " ".join(words)
     long = text(20)
-    return ([("a b c", "a b c"), ("one two", "One Two"), ("A b c D", "a B C d"), ("a  b c", "a b  c"), ("one", "two"), ("", ""), ("", "a b c d"), ("a a a a a a b", "a a a a b c"), ("x y z", "y z x"), ("ab c d e", "a bc d e"), ("stop, go on", "stop go on")] + [(t := text(n), near(t)) for n in (5, 8, 12)]
-            + [(long, long + " " + text(3)), (long + " " + text(3), long), (text(12), text(9)), (text(4).upper(), text(8)), (f"a b c {text(1)}", f"a b c {text(1)} d e")])
+    fixed = [
+        ("a b c", "a b c"),
+        ("one two", "One Two"),
+        ("A b c D", "a B C d"),
+        ("a  b c", "a b  c"),
+        ("one", "two"),
+        ("", ""),
+        ("", "a b c d"),
+        ("a a a a a a b", "a a a a b c"),
+        ("x y z", "y z x"),
+        ("ab c d e", "a bc d e"),
+        ("stop, go on", "stop go on"),
+    ]
+    return fixed + [(t := text(n), near(t)) for n in (5, 8, 12)] + [
+        (long, long + " " + text(3)),
+        (long + " " + text(3), long),
+        (text(12), text(9)),
+        (text(4).upper(), text(8)),
+        (f"a b c {text(1)}", f"a b c {text(1)} d e"),
+    ]
 
 # %% ../../../exercises/solutions/02_data.ipynb #d516e218
 def _runs(text, n=3, fold=str.casefold):
-    return [tuple(words[i:i + n]) for words in [fold(text).split()] for i in range(max(1, len(words) - n + 1))]
+    words = fold(text).split()
+    return [tuple(words[i:i + n]) for i in range(max(1, len(words) - n + 1))]
+
+def _sets(a, b): return set(_runs(a)), set(_runs(b))
 def _share(a, b): return len(a & b) / len(a | b)
 
-@q3.mistake("single words", "you compare words, so the order does not count: \"man bites dog\" would be the same as \"dog bites man\". Compare runs of three.")
+@q3.mistake("single words",
+    "you compare words, so the order does not count: \"man bites dog\" would be the same as \"dog "
+    "bites man\". Compare runs of three.")
 def _(a, b): return _share(set(_runs(a, 1)), set(_runs(b, 1)))
 
-@q3.mistake("runs of characters", "you compare runs of characters; runs of three *words* are wanted.")
+@q3.mistake("runs of characters",
+    "you compare runs of characters; runs of three *words* are wanted.")
 def _(a, b):
-    return _share(*({t.casefold()[i:i + 3] for i in range(max(1, len(t) - 2))} for t in (a, b)))
+    def runs(text):
+        return {text.casefold()[i:i + 3] for i in range(max(1, len(text) - 2))}
+    return _share(runs(a), runs(b))
 
 @q3.mistake("runs of two", "your runs have two words (does the slice end one too early?).")
 def _(a, b): return _share(set(_runs(a, 2)), set(_runs(b, 2)))
 
-@q3.mistake("divides by both together", "you divide by the two sizes added up, in which shared runs count twice: equal texts come out as one half. Divide by the size of the union.")
-def _(a, b): return len(set(_runs(a)) & set(_runs(b))) / (len(set(_runs(a))) + len(set(_runs(b))))
-
-@q3.mistake("Dice", "that is the Dice coefficient, 2·shared / (sizes added up): kinder than Jaccard, so that a threshold of 0.8 means something else. Divide by the size of the union.")
+@q3.mistake("divides by both together",
+    "you divide by the two sizes added up, in which shared runs count twice: equal texts come out "
+    "as one half. Divide by the size of the union.")
 def _(a, b):
-    return 2 * len(set(_runs(a)) & set(_runs(b))) / (len(set(_runs(a))) + len(set(_runs(b))))
+    x, y = _sets(a, b)
+    return len(x & y) / (len(x) + len(y))
 
-@q3.mistake("divides by the smaller", "you divide by the size of the shorter text, so that a short one inside of a long one counts as the same. Divide by the size of the union.")
-def _(a, b): return len(set(_runs(a)) & set(_runs(b))) / min(len(set(_runs(a))), len(set(_runs(b))))
+@q3.mistake("Dice",
+    "that is the Dice coefficient, 2·shared / (sizes added up): kinder than Jaccard, so that a "
+    "threshold of 0.8 means something else. Divide by the size of the union.")
+def _(a, b):
+    x, y = _sets(a, b)
+    return 2 * len(x & y) / (len(x) + len(y))
 
-@q3.mistake("divides by the first", "you divide by the size of the first text, so that jaccard(a, b) and jaccard(b, a) differ. Divide by the size of the union.")
-def _(a, b): return len(set(_runs(a)) & set(_runs(b))) / len(set(_runs(a)))
+@q3.mistake("divides by the smaller",
+    "you divide by the size of the shorter text, so that a short one inside of a long one counts "
+    "as the same. Divide by the size of the union.")
+def _(a, b):
+    x, y = _sets(a, b)
+    return len(x & y) / min(len(x), len(y))
+
+@q3.mistake("divides by the first",
+    "you divide by the size of the first text, so that jaccard(a, b) and jaccard(b, a) differ. "
+    "Divide by the size of the union.")
+def _(a, b):
+    x, y = _sets(a, b)
+    return len(x & y) / len(x)
 
 # %% ../../../exercises/solutions/02_data.ipynb #20b5359a
-@q3.mistake("repeats count", "a run that stands in a text several times counts several times in yours. Different runs are counted: use sets.")
+@q3.mistake("repeats count",
+    "a run that occurs in a text several times counts several times in yours. Different runs are "
+    "counted: use sets.")
 def _(a, b):
-    return (x := Counter(_runs(a)), y := Counter(_runs(b))) and (x & y).total() / (x | y).total()
+    x, y = Counter(_runs(a)), Counter(_runs(b))
+    return (x & y).total() / (x | y).total()
 
-@q3.mistake("capitals count", "\"The\" and \"the\" are different words in your result. Use `casefold()` first.")
+@q3.mistake("capitals count",
+    "\"The\" and \"the\" are different words in your result. Use `casefold()` first.")
 def _(a, b): return _share(set(_runs(a, fold=str)), set(_runs(b, fold=str)))
 
-@q3.mistake("empty words", "two blanks in a row make an empty word in yours: `split(\" \")` splits at every blank, `split()` at every stretch of white space.")
+@q3.mistake("empty words",
+    "two blanks in a row make an empty word in yours: `split(\" \")` splits at every blank, "
+    "`split()` at every stretch of white space.")
 def _(a, b):
-    return _share(*({tuple(w[i:i + 3]) for w in [t.casefold().split(" ")] for i in range(max(1, len(w) - 2))} for t in (a, b)))
+    def runs(text):
+        words = text.casefold().split(" ")
+        return {tuple(words[i:i + 3]) for i in range(max(1, len(words) - 2))}
+    return _share(runs(a), runs(b))
 
-@q3.mistake("fails on short texts", "texts of fewer than three words have no runs in your function, and it divides by zero. Such a text is one run.")
-def _(a, b): return _share(*(set(_runs(t)) if len(t.split()) > 2 else set() for t in (a, b)))
+def _long_runs(text): # none of a short text
+    return set(_runs(text)) if len(text.split()) > 2 else set()
 
-@q3.mistake("short texts have no runs", "for texts of fewer than three words yours gives a fixed number. Such a text is one run, so two of them can be equal or different.")
+@q3.mistake("fails on short texts",
+    "texts of fewer than three words have no runs in your function, and it divides by zero. Such "
+    "a text is one run.")
+def _(a, b): return _share(_long_runs(a), _long_runs(b))
+
+@q3.mistake("short texts have no runs",
+    "for texts of fewer than three words yours returns a fixed number. Such a text is one run, so "
+    "two of them can be equal or different.")
 def _(a, b):
-    return _share(*(set(_runs(t)) if len(t.split()) > 2 else set() for t in (a, b))) if len(a.split()) > 2 or len(b.split()) > 2 else 0.0
+    x, y = _long_runs(a), _long_runs(b)
+    return _share(x, y) if x or y else 0.0
 
-@q3.mistake("the last run is missing", "the last run of each text is missing: n words have n - 2 runs, and `range` leaves its end out by itself.")
+@q3.mistake("the last run is missing",
+    "the last run of each text is missing: n words have n - 2 runs, and `range` leaves its end "
+    "out by itself.")
 def _(a, b):
-    return _share(*({tuple(w[i:i + 3]) for w in [t.casefold().split()] for i in range(max(1, len(w) - 3))} for t in (a, b)))
+    def runs(text):
+        words = text.casefold().split()
+        return {tuple(words[i:i + 3]) for i in range(max(1, len(words) - 3))}
+    return _share(runs(a), runs(b))
 
-@q3.mistake("punctuation does not count", "you take punctuation off. That may be wise (the lesson does it), but here words are what white space separates.")
-def _(a, b): return jaccard(*("".join(c for c in t if c.isalnum() or c.isspace()) for t in (a, b)))
+@q3.mistake("punctuation does not count",
+    "you take punctuation off. That may be wise (the lesson does it), but here words are what "
+    "white space separates.")
+def _(a, b):
+    def bare(text): return "".join(c for c in text if c.isalnum() or c.isspace())
+    return jaccard(bare(a), bare(b))
 
-@q3.mistake("a distance", "that is 1 minus the similarity: 0 for equal texts. Equal texts are to have 1.")
-def _(a, b): return 1 - _share(set(_runs(a)), set(_runs(b)))
+@q3.mistake("a distance",
+    "that is 1 minus the similarity: 0 for equal texts. Equal texts are to have 1.")
+def _(a, b): return 1 - _share(*_sets(a, b))
 
 # %% ../../../exercises/solutions/02_data.ipynb #84b5c700
 def split_by_key(rows, percent):
@@ -272,182 +442,318 @@ def split_by_key(rows, percent):
     # BEGIN SOLUTION
     def tested(row):
         question = next(m["content"] for m in row["messages"] if m["role"] == "user")
-        return zlib.crc32(" ".join(question.casefold().split()).encode()) % 100 < percent
+        key = " ".join(question.casefold().split())
+        return zlib.crc32(key.encode()) % 100 < percent
     return [row for row in rows if not tested(row)], [row for row in rows if tested(row)]
     # END SOLUTION
 
 # %% ../../../exercises/solutions/02_data.ipynb #47a4ae03
 _FRUIT = ["apple", "Pear", "plum", "Fig", "lime", "kiwi", "date", "Melon"]
 
-q4 = Question("data.split_by_key", "A split that stays", split_by_key, example=lambda: ([{"messages": _talk(("user", f"Say {word}."), ("assistant", word))} for word in _FRUIT[:4]], 50), stars=2, minutes=15, hints=[
-    "The first message need not be the user's: look for it, `next(m for m in row[\"messages\"] if m[\"role\"] == \"user\")`.",
-    "`\" \".join(text.casefold().split())`",
-    "Python's own `hash` of a text is another one each time Python starts: a split by it lasts until you restart the kernel. That is why it says crc32."])
+def _say(word): return {"messages": _talk(("user", f"Say {word}."), ("assistant", word))}
 
-def _question(row): return next(m["content"] for m in row["messages"] if m["role"] == "user")
-def _key(row): return " ".join(_question(row).casefold().split())
+q4 = Question("data.split_by_key", "A split that stays", split_by_key,
+    example=lambda: ([_say(word) for word in _FRUIT[:4]], 50),
+    stars=2, minutes=15, hints=[
+        "The first message need not be the user's: look for it, `next(m for m in "
+            "row[\"messages\"] if m[\"role\"] == \"user\")`.",
+        "`\" \".join(text.casefold().split())`",
+        "Python's own `hash` of a string is another one each time Python starts: a split by it "
+            "lasts until you restart the kernel. That is why it says crc32.",
+    ])
+
+def _normal(text): return " ".join(text.casefold().split())
+def _questions(row): return [m["content"] for m in row["messages"] if m["role"] == "user"]
+def _question(row): return _questions(row)[0]
+def _key(row): return _normal(_question(row))
 
 @q4.inputs
 def _(rng):
     def row(question, answer, system=False):
-        return {"messages": _talk(*([("system", "Be brief.")] if system else []), ("user", question), ("assistant", answer)), "id": rng.randrange(1000)}
+        messages = _talk(("user", question), ("assistant", answer))
+        if system:
+            messages = _talk(("system", "Be brief.")) + messages
+        return {"messages": messages, "id": rng.randrange(1000)}
     def some(n, **more):
-        return [row(f"{rng.choice(['Say', 'Spell', 'Buy'])} {rng.choice(_FRUIT)} {rng.randrange(50)}.", rng.choice(_FRUIT), **more) for _ in range(n)]
+        made = []
+        for _ in range(n):
+            verb, fruit = rng.choice(["Say", "Spell", "Buy"]), rng.choice(_FRUIT)
+            question = f"{verb} {fruit} {rng.randrange(50)}."
+            made.append(row(question, rng.choice(_FRUIT), **more))
+        return made
     def twins(rows):
-        return rows + [row(f" {r['messages'][-2]['content'].upper().replace(' ', '  ')} ", rng.choice(_FRUIT)) for r in rows]
+        asked = [r["messages"][-2]["content"].upper().replace(" ", "  ") for r in rows]
+        return rows + [row(f" {question} ", rng.choice(_FRUIT)) for question in asked]
     edge, long = some(3), some(6)
     for r in long:
-        r["messages"] += _talk(("user", f"And {rng.choice(_FRUIT)} {rng.randrange(50)}?"), ("assistant", "Yes."))
-    return [(some(1), 50), (long, 50), (edge, zlib.crc32(_key(edge[0]).encode()) % 100), ([], 10), (some(6), 50), (twins(some(4)), 50), (some(5, system=True), 40), (twins(some(12)), 20), (some(8) + some(8, system=True), 30), (some(6), 0), (some(5), 100)]
+        again = f"And {rng.choice(_FRUIT)} {rng.randrange(50)}?"
+        r["messages"] += _talk(("user", again), ("assistant", "Yes."))
+    return [
+        (some(1), 50),
+        (long, 50),
+        (edge, zlib.crc32(_key(edge[0]).encode()) % 100),
+        ([], 10),
+        (some(6), 50),
+        (twins(some(4)), 50),
+        (some(5, system=True), 40),
+        (twins(some(12)), 20),
+        (some(8) + some(8, system=True), 30),
+        (some(6), 0),
+        (some(5), 100),
+    ]
 
 # %% ../../../exercises/solutions/02_data.ipynb #ef1a78d0
-def _sides(rows, percent, key=_key, number=lambda i, key: zlib.crc32(key.encode())):
-    tested = [number(i, key(row)) % 100 < percent for i, row in enumerate(rows)]
-    return [row for row, test in zip(rows, tested) if not test], [row for row, test in zip(rows, tested) if test]
+def _crc32(i, key): return zlib.crc32(key.encode())
 
-def _once(rows): return [row for i, row in enumerate(rows) if _key(row) not in map(_key, rows[:i])]
+def _sides(rows, percent, key=_key, number=_crc32):
+    train, test = [], []
+    for i, row in enumerate(rows):
+        side = test if number(i, key(row)) % 100 < percent else train
+        side.append(row)
+    return train, test
 
-@q4.mistake("twins are torn apart", "twins that differ only in capitals or white space land on different sides: make the key from the question in lower case, with single blanks.")
+def _once(rows): # the first row of each key
+    return [row for i, row in enumerate(rows) if _key(row) not in map(_key, rows[:i])]
+
+@q4.mistake("twins are torn apart",
+    "twins that differ only in capitals or white space land on different sides: make the key from "
+    "the question in lower case, with single blanks.")
 def _(rows, percent): return _sides(rows, percent, _question)
 
-@q4.mistake("white space tears twins apart", "twins that differ only in white space land on different sides: `\" \".join(text.split())`.")
+@q4.mistake("white space tears twins apart",
+    "twins that differ only in white space land on different sides: `\" \".join(text.split())`.")
 def _(rows, percent): return _sides(rows, percent, lambda row: _question(row).casefold())
 
-@q4.mistake("capitals tear twins apart", "twins that differ only in capitals land on different sides: `casefold()`.")
+@q4.mistake("capitals tear twins apart",
+    "twins that differ only in capitals land on different sides: `casefold()`.")
 def _(rows, percent): return _sides(rows, percent, lambda row: " ".join(_question(row).split()))
 
-@q4.mistake("the answer is part of the key", "the same question with two answers can land on both sides: only the question makes the key.")
+@q4.mistake("the answer is part of the key",
+    "the same question with two answers can land on both sides: only the question makes the key.")
 def _(rows, percent):
-    return _sides(rows, percent, lambda row: " ".join(" ".join(m["content"] for m in row["messages"]).casefold().split()))
+    def key(row): return _normal(" ".join(m["content"] for m in row["messages"]))
+    return _sides(rows, percent, key)
 
-@q4.mistake("the whole row is the key", "the same question with another answer, or another id, can land on the other side: only the question makes the key.")
+@q4.mistake("the whole row is the key",
+    "the same question with another answer, or another id, can land on the other side: only the "
+    "question makes the key.")
 def _(rows, percent): return _sides(rows, percent, json.dumps)
 
 # %% ../../../exercises/solutions/02_data.ipynb #6d58463a
-@q4.mistake("the first message is not the question", "your key is made of the first message. Where that is a system text, which many rows share, they all land on one side: look for the first one by the user.")
+@q4.mistake("the first message is not the question",
+    "your key is made of the first message. Where that is a system text, which many rows share, "
+    "they all land on one side: look for the first one by the user.")
 def _(rows, percent):
-    return _sides(rows, percent, lambda row: " ".join(row["messages"][0]["content"].casefold().split()))
+    return _sides(rows, percent, lambda row: _normal(row["messages"][0]["content"]))
 
-@q4.mistake("the last question", "your key is the user's *last* message; the first one is asked for. (\"And plum?\" is hardly the same question wherever it stands.)")
+@q4.mistake("the last question",
+    "your key is the user's *last* message; the first one is asked for. (\"And plum?\" is hardly "
+    "the same question wherever it occurs.)")
 def _(rows, percent):
-    return _sides(rows, percent, lambda row: " ".join([m["content"] for m in row["messages"] if m["role"] == "user"][-1].casefold().split()))
+    return _sides(rows, percent, lambda row: _normal(_questions(row)[-1]))
 
-@q4.mistake("Python's hash", "you use Python's `hash`, which gives another number for a text each time Python starts. After a restart, test rows would be trained on.")
+@q4.mistake("Python's hash",
+    "you use Python's `hash`, which returns another number for a string each time Python starts. "
+    "After a restart, test rows would be trained on.")
 def _(rows, percent): return _sides(rows, percent, number=lambda i, key: hash(key))
 
-@q4.mistake("by position", "a row's place in the file decides. One new row at the top, and all the others change sides; twins are torn apart, too.")
+@q4.mistake("by position",
+    "a row's place in the file decides. One new row at the top, and all the others change sides; "
+    "twins are torn apart, too.")
 def _(rows, percent): return _sides(rows, percent, number=lambda i, key: i)
 
-@q4.mistake("cut at a place", "you cut the list at some place. That is no draw (files are often sorted), it moves with every new row, and it tears twins apart.")
-def _(rows, percent): return rows[:(n := len(rows) - len(rows) * percent // 100)], rows[n:]
+@q4.mistake("cut at a place",
+    "you cut the list at some place. That is no draw (files are often sorted), it moves with "
+    "every new row, and it tears twins apart.")
+def _(rows, percent):
+    n = len(rows) - len(rows) * percent // 100
+    return rows[:n], rows[n:]
 
-@q4.mistake("de-duplicates after the split", "you split by the question as it stands, and take out twins afterwards, on each side. Twins on different sides are then never found. The key must be the same for both *before* the split.")
+@q4.mistake("de-duplicates after the split",
+    "you split by the question as it is, and take out twins afterwards, on each side. Twins on "
+    "different sides are then never found. The key must be the same for both *before* the split.")
 def _(rows, percent): return tuple(map(_once, _sides(rows, percent, _question)))
 
-@q4.mistake("throws twins away", "rows are missing: twins were thrown away. Here they only have to stay together.")
+@q4.mistake("throws twins away",
+    "rows are missing: twins were thrown away. Here they only have to stay together.")
 def _(rows, percent): return _sides(_once(rows), percent)
 
 @q4.mistake("sides swapped", "train and test are swapped.")
 def _(rows, percent): return _sides(rows, percent)[::-1]
 
-@q4.mistake("test rows stay in train", "the test rows are in train, too. Then the test measures memory.")
+@q4.mistake("test rows stay in train",
+    "the test rows are in train, too. Then the test measures memory.")
 def _(rows, percent): return list(rows), _sides(rows, percent)[1]
 
-@q4.mistake("one percent too much", "you let one percent too many into test: `<`, not `<=`. (With 0 percent, nothing goes there.)")
+@q4.mistake("one percent too much",
+    "you let one percent too many into test: `<`, not `<=`. (With 0 percent, nothing goes there.)")
 def _(rows, percent): return _sides(rows, percent + 1)
 
 # %% ../../../exercises/solutions/02_data.ipynb #4d654b93
 def to_alpaca(messages):
     "An Alpaca row that says all that the messages say."
     # BEGIN SOLUTION
-    turns = list(messages)
-    system = [turns.pop(0)["content"]] if turns and turns[0]["role"] == "system" else []
+    system, turns = None, list(messages)
+    if turns and turns[0]["role"] == "system":
+        system = turns.pop(0)["content"]
     if not turns or [t["role"] for t in turns] != ["user", "assistant"] * (len(turns) // 2):
         raise ValueError("Alpaca holds questions and answers in turn, and nothing else")
     said = [t["content"] for t in turns]
     *before, last = [said[i:i + 2] for i in range(0, len(said), 2)]
-    return dict(instruction=last[0], output=last[1]) | (dict(system=system[0]) if system else {}) | (dict(history=before) if before else {})
+    row = dict(instruction=last[0], output=last[1])
+    if system is not None:
+        row["system"] = system
+    if before:
+        row["history"] = before
+    return row
     # END SOLUTION
 
 # %% ../../../exercises/solutions/02_data.ipynb #df652f1d
-q5 = Question("data.to_alpaca", "What does not fit", to_alpaca, example=lambda: (_talk(("user", "Name a fruit."), ("assistant", "Apple"), ("user", "Another?"), ("assistant", "Pear")),), stars=3, minutes=20, hints=[
-    "Take the system message off first, and then say in one comparison what roles the rest must have.",
-    "`[t[\"role\"] for t in turns] == [\"user\", \"assistant\"] * (len(turns) // 2)`: why does that refuse a question at the end, a tool, and two questions in a row? And what does it say of no turns at all?",
-    "Cut the rest into pairs; the last pair is the row, the ones before it are the history."])
+q5 = Question("data.to_alpaca", "What does not fit", to_alpaca,
+    example=lambda: (_talk(("user", "Name a fruit."), ("assistant", "Apple"),
+                           ("user", "Another?"), ("assistant", "Pear")),),
+    stars=3, minutes=20, hints=[
+        "Take the system message off first, and then say in one comparison what roles the rest "
+            "must have.",
+        "`[t[\"role\"] for t in turns] == [\"user\", \"assistant\"] * (len(turns) // 2)`: why "
+            "does that refuse a question at the end, a tool, and two questions in a row? And what "
+            "does it say of no turns at all?",
+        "Cut the rest into pairs; the last pair is the row, the ones before it are the history.",
+    ])
 
 @q5.inputs
 def _(rng):
-    short = dict(s="system", u="user", a="assistant", t="tool")
-    return [(_talk(*((short[c], f"{rng.choice('bcdfgh')}{rng.randrange(100)}") for c in roles)),) for roles in
-            ("ua", "sua", "uaua", "suauaua", "uauaua", "u", "", "s", "uau", "uuaa", "uata", "aua", "usa", "uasua", "uaa", "suuau", "sau", "uuaua")]
+    names = dict(s="system", u="user", a="assistant", t="tool")
+    def say(letter):
+        return names[letter], f"{rng.choice('bcdfgh')}{rng.randrange(100)}"
+    talks = ["ua", "sua", "uaua", "suauaua", "uauaua", "u", "", "s", "uau",
+             "uuaa", "uata", "aua", "usa", "uasua", "uaa", "suuau", "sau", "uuaua"]
+    return [(_talk(*map(say, letters)),) for letters in talks]
 
 # %% ../../../exercises/solutions/02_data.ipynb #471e5f03
-def _pairs(turns): return [[q["content"], a["content"]] for q, a in zip(turns[::2], turns[1::2])]
-def _row(pairs, system=(), **more):
-    return dict(instruction=pairs[-1][0], output=pairs[-1][1]) | (dict(system=system[0]) if system else {}) | (dict(history=pairs[:-1]) if pairs[1:] else {}) | more
+def _pairs(turns):
+    return [[q["content"], a["content"]] for q, a in zip(turns[::2], turns[1::2])]
 
-def _alpaca(messages, make=_row, fits=lambda roles: bool(roles) and roles == ["user", "assistant"] * (len(roles) // 2)):
-    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+def _row(pairs, system=()):
+    row = dict(instruction=pairs[-1][0], output=pairs[-1][1])
+    if system:
+        row["system"] = system[0]
+    if len(pairs) > 1:
+        row["history"] = pairs[:-1]
+    return row
+
+def _in_turn(roles): return roles == ["user", "assistant"] * (len(roles) // 2)
+def _fits(roles): return bool(roles) and _in_turn(roles)
+
+def _alpaca(messages, make=_row, fits=_fits):
+    system, turns = [], messages
+    if messages and messages[0]["role"] == "system":
+        system, turns = [messages[0]["content"]], messages[1:]
     if not fits([t["role"] for t in turns]):
         raise ValueError
-    return make(_pairs(turns), [messages[0]["content"]] if turns is not messages else [])
+    return make(_pairs(turns), system)
+
+def _other_history(messages, history): # a function from all the pairs
+    def make(pairs, system):
+        row = _row(pairs, system)
+        if len(pairs) > 1:
+            row["history"] = history(pairs)
+        return row
+    return _alpaca(messages, make)
 
 @q5.mistake("the history is lost", "the turns before the last question are lost.")
 def _(messages): return _alpaca(messages, lambda pairs, system: _row(pairs[-1:], system))
 
-@q5.mistake("the first question and answer", "you take the first question and answer, and the rest is lost. The row is the *last* pair, what stands before it is history.")
+@q5.mistake("the first question and answer",
+    "you take the first question and answer, and the rest is lost. The row is the *last* pair, "
+    "what comes before it is history.")
 def _(messages): return _alpaca(messages, lambda pairs, system: _row(pairs[:1], system))
 
 @q5.mistake("the system text is lost", "the system message is lost; it has a field of its own.")
 def _(messages): return _alpaca(messages, lambda pairs, system: _row(pairs))
 
-@q5.mistake("the system text becomes part of the question", "you put the system text into the instruction. There nobody can tell any more where it ended; it has a field of its own.")
+@q5.mistake("the system text becomes part of the question",
+    "you put the system text into the instruction. There nobody can tell any more where it ended; "
+    "it has a field of its own.")
 def _(messages):
-    return _alpaca(messages, lambda pairs, system: _row([*pairs[:-1], ["\n\n".join([*system, pairs[-1][0]]), pairs[-1][1]]]))
+    def make(pairs, system):
+        *before, (question, answer) = pairs
+        return _row([*before, ["\n\n".join([*system, question]), answer]])
+    return _alpaca(messages, make)
 
-@q5.mistake("a flat history", "your history is one list of texts; pairs are wanted, `[[question, answer], …]`.")
+@q5.mistake("a flat history",
+    "your history is one list of strings; pairs are wanted, `[[question, answer], …]`.")
 def _(messages):
-    return _alpaca(messages, lambda pairs, system: _row(pairs, system) | (dict(history=sum(pairs[:-1], [])) if pairs[1:] else {}))
+    return _other_history(messages, lambda pairs: [text for pair in pairs[:-1] for text in pair])
 
-@q5.mistake("the newest first", "your history begins with the newest pair; the oldest comes first, as it was said.")
-def _(messages):
-    return _alpaca(messages, lambda pairs, system: _row(pairs, system) | (dict(history=pairs[-2::-1]) if pairs[1:] else {}))
+@q5.mistake("the newest first",
+    "your history begins with the newest pair; the oldest comes first, as it was said.")
+def _(messages): return _other_history(messages, lambda pairs: pairs[-2::-1])
 
 # %% ../../../exercises/solutions/02_data.ipynb #723500df
-@q5.mistake("the last pair twice", "the last pair stands in the history, too; there it would be asked twice.")
-def _(messages):
-    return _alpaca(messages, lambda pairs, system: _row(pairs, system) | (dict(history=pairs) if pairs[1:] else {}))
+@q5.mistake("the last pair twice",
+    "the last pair is in the history, too; there it would be asked twice.")
+def _(messages): return _other_history(messages, lambda pairs: pairs)
 
 @q5.mistake("empty fields", "`history` or `system` is there with nothing in it; leave it out then.")
 def _(messages):
-    return _alpaca(messages, lambda pairs, system: dict(system="", history=[]) | _row(pairs, system))
+    empty = dict(system="", history=[])
+    return _alpaca(messages, lambda pairs, system: empty | _row(pairs, system))
 
 @q5.mistake("an empty history", "`history` is there with nothing in it; leave it out then.")
 def _(messages):
     return _alpaca(messages, lambda pairs, system: dict(history=[]) | _row(pairs, system))
 
-@q5.mistake("a question at the end is lost", "a question at the end, without an answer, disappears in silence. Raise a ValueError.")
+@q5.mistake("a question at the end is lost",
+    "a question at the end, without an answer, disappears in silence. Raise a ValueError.")
 def _(messages):
-    return _alpaca(messages, fits=lambda roles: len(roles) > 1 and roles[:len(roles) // 2 * 2] == ["user", "assistant"] * (len(roles) // 2))
+    def fits(roles): return len(roles) > 1 and _in_turn(roles[:len(roles) // 2 * 2])
+    return _alpaca(messages, fits=fits)
 
-@q5.mistake("roles are not looked at", "you pair the turns by counting and do not look who speaks: a tool's answer or a second question becomes an \"answer\". Compare the roles.")
-def _(messages): return _alpaca(messages, fits=lambda roles: len(roles) > 1 and len(roles) % 2 == 0)
-
-@q5.mistake("other roles disappear", "turns by a tool (or a system message in the middle) disappear in silence. Raise a ValueError.")
+@q5.mistake("roles are not looked at",
+    "you pair the turns by counting and do not look who speaks: a tool's answer or a second "
+    "question becomes an \"answer\". Compare the roles.")
 def _(messages):
-    return _alpaca(messages[:1] + [m for m in messages[1:] if m["role"] in ("user", "assistant")])
+    return _alpaca(messages, fits=lambda roles: len(roles) > 1 and len(roles) % 2 == 0)
 
-@q5.mistake("fails where there are no turns", "with no turns at all an IndexError comes out of your function. Look first, and raise a ValueError.")
+@q5.mistake("other roles disappear",
+    "turns by a tool (or a system message in the middle) disappear in silence. Raise a ValueError.")
 def _(messages):
-    return _alpaca(messages, lambda pairs, system: _row(pairs, system) if pairs else [][0], fits=lambda roles: roles == ["user", "assistant"] * (len(roles) // 2))
+    later = [m for m in messages[1:] if m["role"] in ("user", "assistant")]
+    return _alpaca(messages[:1] + later)
+
+@q5.mistake("fails where there are no turns",
+    "with no turns at all an IndexError comes out of your function. Look first, and raise a "
+    "ValueError.")
+def _(messages):
+    return _alpaca(messages, fits=_in_turn)
 
 # %% ../../../exercises/solutions/02_data.ipynb #cecba2b4
-q6 = OpenQuestion("data.too_good", "Too good", stars=2, minutes=10, rubric=[
-    "The first suspicion is leakage: test questions, or near-twins of them, among the new rows.",
-    "How to find out: compare each test question with all training rows by near-duplicates (runs of words, not equality), and read the pairs that are found.",
-    "Measure again without the test questions that have a twin, or with the twins taken out of training and the model trained anew.",
-    "The new data may instead have matched the *form* of the expected answers; exact match rises, and nothing was learned about the subject: look at answers that changed, and at a measure that forgives form.",
-    "What would convince: fresh test questions, made after the data and apart from it, several seeds, an interval; both models measured on the same ones."],
-    model="A rise of 22 points from data off the web smells of leakage: my test questions, or near-twins of them, may be among the new rows. I would look for near-duplicates between the test set and the 2,000 (by runs of words, because an equality test misses a changed comma), read what comes up, take those rows out, and train and measure again. "
-          "If the rise stays, I would read the answers that changed from wrong to right: perhaps the new rows only taught the form that exact match wants. Then I would write new test questions from another source, measure both models on them with three seeds, and give the intervals. And the next time I split before anything else, by a key that keeps twins together.",
-    hints=["What does lesson 02 call it when a figure flatters?", "Exact match rises for reasons of knowledge, and for reasons of form."])
+q6 = OpenQuestion("data.too_good", "Too good",
+    stars=2, minutes=10, rubric=[
+        "The first suspicion is leakage: test questions, or near-twins of them, among the new "
+            "rows.",
+        "How to find out: compare each test question with all training rows by near-duplicates "
+            "(runs of words, not equality), and read the pairs that are found.",
+        "Measure again without the test questions that have a twin, or with the twins taken out "
+            "of training and the model trained anew.",
+        "The new data may instead have matched the *form* of the expected answers; exact match "
+            "rises, and nothing was learned about the subject: look at answers that changed, and "
+            "at a measure that forgives form.",
+        "What would convince: fresh test questions, made after the data and apart from it, "
+            "several seeds, an interval; both models measured on the same ones.",
+    ],
+    model=(
+        "A rise of 22 points from data off the web smells of leakage: my test questions, or "
+        "near-twins of them, may be among the new rows. I would look for near-duplicates between "
+        "the test set and the 2,000 (by runs of words, because an equality test misses a changed "
+        "comma), read what comes up, take those rows out, and train and measure again. If the "
+        "rise stays, I would read the answers that changed from wrong to right: perhaps the new "
+        "rows only taught the form that exact match wants. Then I would write new test questions "
+        "from another source, measure both models on them with three seeds, and give the "
+        "intervals. And the next time I split before anything else, by a key that keeps twins "
+        "together."),
+    hints=[
+        "What does lesson 02 call it when a figure flatters?",
+        "Exact match rises for reasons of knowledge, and for reasons of form.",
+    ])

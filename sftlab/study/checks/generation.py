@@ -6,7 +6,7 @@
 __all__ = ['LESSON', 'q1', 'q2', 'q3', 'q4', 'q5', 'q6', 'Puppet']
 
 # %% ../../../exercises/solutions/01_generation.ipynb #0a3538dc
-import math
+import math  # noqa: F811
 from dataclasses import dataclass
 from ..exercises import OpenQuestion, Question
 
@@ -18,7 +18,9 @@ def _tensor(values):
 
 def _logits(rng, *shape): # random, no two the same
     import torch
-    return (3 * torch.randn(shape, generator=torch.Generator().manual_seed(rng.getrandbits(31)))).round(decimals=2) + torch.arange(shape[-1]) / 1000
+    dice = torch.Generator().manual_seed(rng.getrandbits(31))
+    rounded = (3 * torch.randn(shape, generator=dice)).round(decimals=2)
+    return rounded + torch.arange(shape[-1]) / 1000
 
 # %% ../../../exercises/solutions/01_generation.ipynb #a6c42851
 def probabilities(logits, temperature):
@@ -30,78 +32,125 @@ def probabilities(logits, temperature):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/01_generation.ipynb #197d4fc3
-q1 = Question("generation.temperature", "Temperature", probabilities, example=lambda: (_tensor([[2.0, 1.0, 0.0], [0.0, 5.0, 1.0]]), 0.5), stars=1, minutes=8, hints=[
-    "Temperature works on the logits, before softmax. Along which dimension do the probabilities of one text add up to 1?",
-    "At temperature 0 you cannot divide. Compare each logit with the largest of its row, `logits.amax(-1, keepdim=True)`.",
-    "`(logits / temperature).softmax(-1)`; and `(logits == largest).float()` at 0."])
+q1 = Question("generation.temperature", "Temperature", probabilities,
+    example=lambda: (_tensor([[2.0, 1.0, 0.0], [0.0, 5.0, 1.0]]), 0.5),
+    stars=1, minutes=8, hints=[
+        "Temperature works on the logits, before softmax. Along which dimension do the "
+            "probabilities of one text add up to 1?",
+        "At temperature 0 you cannot divide. Compare each logit with the largest of its row, "
+            "`logits.amax(-1, keepdim=True)`.",
+        "`(logits / temperature).softmax(-1)`; and `(logits == largest).float()` at 0.",
+    ])
 
 @q1.inputs
 def _(rng):
-    return ([(_logits(rng, batch, n), t) for batch, n, t in [(1, 2, 0.0), (2, 3, 0.0), (1, 3, 2.0), (2, 3, 0.25), (3, 3, 1.0)]]
-                    + [(100 * _logits(rng, 2, 3), 1.5), (_logits(rng, rng.randint(1, 3), rng.randint(2, 5)), rng.choice([0.0, 0.5, 1.5, 3.0]))])
+    sizes = [(1, 2, 0.0), (2, 3, 0.0), (1, 3, 2.0), (2, 3, 0.25), (3, 3, 1.0)]
+    made = [(_logits(rng, batch, n), temperature) for batch, n, temperature in sizes]
+    large = (100 * _logits(rng, 2, 3), 1.5)
+    any_size = _logits(rng, rng.randint(1, 3), rng.randint(2, 5))
+    return [*made, large, (any_size, rng.choice([0.0, 0.5, 1.5, 3.0]))]
 
 # %% ../../../exercises/solutions/01_generation.ipynb #65f26ee6
-@q1.mistake("temperature after softmax", "the temperature comes too late: dividing probabilities only makes them not add up to 1 (or, made to add up again, changes nothing). Divide the logits.")
+@q1.mistake("temperature after softmax",
+    "the temperature comes too late: dividing probabilities only makes them not add up to 1 (or, "
+    "made to add up again, changes nothing). Divide the logits.")
 def _(logits, temperature): return logits.softmax(-1) / temperature
 
-@q1.mistake("temperature without effect", "the temperature has no effect on your result. Divided out of every probability of a row, it falls out again: divide the logits.")
+@q1.mistake("temperature without effect",
+    "the temperature has no effect on your result. Divided out of every probability of a row, it "
+    "falls out again: divide the logits.")
 def _(logits, temperature): return logits.softmax(-1)
 
-@q1.mistake("power of the wrong sign", "a high temperature must make the probabilities more equal, and yours does the opposite: divide by it, do not multiply.")
+@q1.mistake("power of the wrong sign",
+    "a high temperature must make the probabilities more equal, and yours does the opposite: "
+    "divide by it, do not multiply.")
 def _(logits, temperature): return (logits * temperature).softmax(-1)
 
-@q1.mistake("softmax over the batch", "your columns add up to 1, where the rows should: each row is one text. The vocabulary is the last dimension, -1.")
+@q1.mistake("softmax over the batch",
+    "your columns add up to 1, where the rows should: each row is one text. The vocabulary is the "
+    "last dimension, -1.")
 def _(logits, temperature): return (logits / temperature).softmax(0)
 
-@q1.mistake("NaN at temperature 0", "at temperature 0 you divide by zero, and infinity minus infinity is not a number. The limit is greedy: 1 for the largest logit, 0 for the others.")
+@q1.mistake("NaN at temperature 0",
+    "at temperature 0 you divide by zero, and infinity minus infinity is not a number. The limit "
+    "is greedy: 1 for the largest logit, 0 for the others.")
 def _(logits, temperature): return (logits / temperature).softmax(-1)
 
-@q1.mistake("uniform at temperature 0", "at temperature 0 all tokens are equally likely in your result; that is an endless temperature. At 0 the largest logit takes all.")
+@q1.mistake("uniform at temperature 0",
+    "at temperature 0 all tokens are equally likely in your result; that is an endless "
+    "temperature. At 0 the largest logit takes all.")
 def _(logits, temperature):
     return (logits * 0 if temperature == 0 else logits / temperature).softmax(-1)
 
-@q1.mistake("temperature 0 like 1", "temperature 0 does the same as 1 in your function (`or` takes 0 for nothing). It means greedy.")
+@q1.mistake("temperature 0 like 1",
+    "temperature 0 does the same as 1 in your function (`or` takes 0 for nothing). It means "
+    "greedy.")
 def _(logits, temperature): return (logits / (temperature or 1)).softmax(-1)
 
-@q1.mistake("an index at temperature 0", "at temperature 0 you give the index of the token; the function gives probabilities, so a 1 at that place and 0 elsewhere.")
+@q1.mistake("an index at temperature 0",
+    "at temperature 0 you return the index of the token; the function returns probabilities, so a "
+    "1 at that place and 0 elsewhere.")
 def _(logits, temperature):
-    return probabilities(logits, temperature) if temperature else logits.argmax(-1)
+    if temperature == 0:
+        return logits.argmax(-1)
+    return probabilities(logits, temperature)
 
-@q1.mistake("exp overflows", "large logits come out as NaN: exp(89) is more than float32 holds. Softmax takes the largest logit off first, which changes nothing in exact arithmetic and saves it here.")
+@q1.mistake("exp overflows",
+    "large logits come out as NaN: exp(89) is more than float32 holds. Softmax takes the largest "
+    "logit off first, which changes nothing in exact arithmetic and saves it here.")
 def _(logits, temperature):
-    return (e := (logits / temperature).exp()) / e.sum(-1, keepdim=True) if temperature else probabilities(logits, temperature)
+    if temperature == 0:
+        return probabilities(logits, temperature)
+    weights = (logits / temperature).exp()
+    return weights / weights.sum(-1, keepdim=True)
 
 # %% ../../../exercises/solutions/01_generation.ipynb #5ccf53df
 def keep_top_p(logits, top_p):
-    "Logits in which each row keeps only its likeliest tokens, with a probability of `top_p` (above 0, up to 1) together."
+    """Logits in which each row keeps only its likeliest tokens,
+    with a probability of `top_p` (above 0, up to 1) together."""
     # BEGIN SOLUTION
     ordered, order = logits.sort(-1, descending=True)
     p = ordered.softmax(-1)
-    drop = p.cumsum(-1) - p >= top_p  # what stands before a token is enough already
+    drop = p.cumsum(-1) - p >= top_p # what comes before a token is enough already
     return logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
     # END SOLUTION
 
 # %% ../../../exercises/solutions/01_generation.ipynb #690ff5bb
-q2 = Question("generation.top_p", "Top-p for a batch", keep_top_p, example=lambda: (_tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 0.5, 5.0, 0.2]]), 0.8), stars=2, minutes=15, hints=[
-    "Sort each row and add up its probabilities. A token goes if those *before* it are enough: the one that crosses the line must stay.",
-    "`sort` gives two things: the values, and where each came from. Your mask is in sorted order, and the logits are not.",
-    "`drop.scatter(-1, order, drop)` puts the mask's entries back where their tokens are; then `masked_fill`."])
+q2 = Question("generation.top_p", "Top-p for a batch", keep_top_p,
+    example=lambda: (_tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 0.5, 5.0, 0.2]]), 0.8),
+    stars=2, minutes=15, hints=[
+        "Sort each row and add up its probabilities. A token goes if those *before* it are "
+            "enough: the one that crosses the line must stay.",
+        "`sort` returns two things: the values, and where each came from. Your mask is in sorted "
+            "order, and the logits are not.",
+        "`drop.scatter(-1, order, drop)` puts the mask's entries back where their tokens are; "
+            "then `masked_fill`.",
+    ])
 
 @q2.inputs
 def _(rng):
-    return ([(_logits(rng, batch, n), p) for batch, n, p in [(1, 3, 0.3), (1, 4, 0.7), (2, 4, 0.9), (3, 5, 0.5), (2, 6, 0.05)]]
-                    + [(_tensor([[0.0, 6.0, 0.5]]), 0.5), (_logits(rng, rng.randint(2, 4), rng.randint(3, 7)), round(rng.uniform(0.2, 0.95), 2))])
+    sizes = [(1, 3, 0.3), (1, 4, 0.7), (2, 4, 0.9), (3, 5, 0.5), (2, 6, 0.05)]
+    made = [(_logits(rng, batch, n), top_p) for batch, n, top_p in sizes]
+    one_is_enough = (_tensor([[0.0, 6.0, 0.5]]), 0.5)
+    any_size = _logits(rng, rng.randint(2, 4), rng.randint(3, 7))
+    return [*made, one_is_enough, (any_size, round(rng.uniform(0.2, 0.95), 2))]
 
 # %% ../../../exercises/solutions/01_generation.ipynb #69991c2f
-def _top_p(logits, top_p, drop=lambda p, top_p: p.cumsum(-1) - p >= top_p, descending=True, fill=-math.inf):
+def _enough(p, top_p): return p.cumsum(-1) - p >= top_p
+
+def _top_p(logits, top_p, drop=_enough, descending=True, fill=-math.inf):
     ordered, order = logits.sort(-1, descending=descending)
     gone = drop(ordered.softmax(-1), top_p)
     return logits.masked_fill(gone.scatter(-1, order, gone), fill)
 
-@q2.mistake("nothing may be left", "where the likeliest token alone has more than top_p, you drop it, and with it everything. The token that crosses the line belongs to those kept: what counts is the sum *before* it.")
+@q2.mistake("nothing may be left",
+    "where the likeliest token alone has more than top_p, you drop it, and with it everything. "
+    "The token that crosses the line belongs to those kept: what counts is the sum *before* it.")
 def _(logits, top_p): return _top_p(logits, top_p, lambda p, top_p: p.cumsum(-1) > top_p)
 
-@q2.mistake("drops the token that crosses", "you keep less than top_p: the token that crosses the line is dropped. What counts is the sum of those *before* it, without itself.")
+@q2.mistake("drops the token that crosses",
+    "you keep less than top_p: the token that crosses the line is dropped. What counts is the sum "
+    "of those *before* it, without itself.")
 def _(logits, top_p):
     def drop(p, top_p):
         gone = p.cumsum(-1) > top_p
@@ -109,43 +158,63 @@ def _(logits, top_p):
         return gone
     return _top_p(logits, top_p, drop)
 
-@q2.mistake("keeps one token too many", "you keep one more than is needed: as soon as those before it have top_p together, a token goes.")
+@q2.mistake("keeps one token too many",
+    "you keep one more than is needed: as soon as those before it have top_p together, a token "
+    "goes.")
 def _(logits, top_p):
-    return _top_p(logits, top_p, lambda p, top_p: p.cumsum(-1) - p - p.roll(1, -1).index_fill(-1, _tensor([0]), 0) >= top_p)
+    def drop(p, top_p):
+        previous = p.roll(1, -1).index_fill(-1, _tensor([0]), 0)
+        return p.cumsum(-1) - p - previous >= top_p
+    return _top_p(logits, top_p, drop)
 
 # %% ../../../exercises/solutions/01_generation.ipynb #462790ff
-@q2.mistake("mask in sorted order", "the right number of tokens goes, but not the right ones: the mask is in sorted order, and you lay it on logits that are not. Put it back with the second thing that `sort` gives.")
+@q2.mistake("mask in sorted order",
+    "the right number of tokens goes, but not the right ones: the mask is in sorted order, and "
+    "you lay it on logits that are not. Put it back with the second thing that `sort` returns.")
 def _(logits, top_p):
     p = logits.sort(-1, descending=True).values.softmax(-1)
-    return logits.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)
+    return logits.masked_fill(_enough(p, top_p), -math.inf)
 
-@q2.mistake("result in sorted order", "your logits come back sorted. Each token must keep its place: the place is what says which token it is.")
+@q2.mistake("result in sorted order",
+    "your logits come back sorted. Each token must keep its place: the place is what says which "
+    "token it is.")
 def _(logits, top_p):
     ordered = logits.sort(-1, descending=True).values
-    p = ordered.softmax(-1)
-    return ordered.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)
+    return ordered.masked_fill(_enough(ordered.softmax(-1), top_p), -math.inf)
 
-@q2.mistake("least likely first", "you collect the least likely tokens: `sort` begins with the smallest unless it is told `descending=True`.")
+@q2.mistake("least likely first",
+    "you collect the least likely tokens: `sort` begins with the smallest unless it is told "
+    "`descending=True`.")
 def _(logits, top_p): return _top_p(logits, top_p, descending=False)
 
-@q2.mistake("without sorting", "you add up in the order of the vocabulary, so that a token's number decides. Sort by probability first.")
+@q2.mistake("without sorting",
+    "you add up in the order of the vocabulary, so that a token's number decides. Sort by "
+    "probability first.")
 def _(logits, top_p):
-    return logits.masked_fill((p := logits.softmax(-1)).cumsum(-1) - p >= top_p, -math.inf)
+    return logits.masked_fill(_enough(logits.softmax(-1), top_p), -math.inf)
 
-@q2.mistake("each token by itself", "you compare each token's own probability with top_p; it is the sum of the likeliest that must reach it.")
+@q2.mistake("each token by itself",
+    "you compare each token's own probability with top_p; it is the sum of the likeliest that "
+    "must reach it.")
 def _(logits, top_p): return logits.masked_fill(logits.softmax(-1) < top_p, -math.inf)
 
 # %% ../../../exercises/solutions/01_generation.ipynb #31849821
-@q2.mistake("zero is not minus infinity", "you set the dropped logits to 0. A logit of 0 is no probability of 0: after softmax it may even be the likeliest. Minus infinity is.")
+@q2.mistake("zero is not minus infinity",
+    "you set the dropped logits to 0. A logit of 0 is no probability of 0: after softmax it may "
+    "even be the likeliest. Minus infinity is.")
 def _(logits, top_p): return _top_p(logits, top_p, fill=0.0)
 
-@q2.mistake("one mask for all rows", "a token that goes in one row goes in all of yours. Each row has its own order: use `scatter` along the last dimension.")
+@q2.mistake("one mask for all rows",
+    "a token that goes in one row goes in all of yours. Each row has its own order: use `scatter` "
+    "along the last dimension.")
 def _(logits, top_p):
     ordered, order = logits.sort(-1, descending=True)
-    p = ordered.softmax(-1)
-    return logits.index_fill(-1, order[p.cumsum(-1) - p >= top_p], -math.inf)
+    gone = _enough(ordered.softmax(-1), top_p)
+    return logits.index_fill(-1, order[gone], -math.inf)
 
-@q2.mistake("probabilities instead of logits", "you give probabilities; logits are wanted, so that the steps can be put one after the other.")
+@q2.mistake("probabilities instead of logits",
+    "you return probabilities; logits are wanted, so that the steps can be put one after the "
+    "other.")
 def _(logits, top_p): return _top_p(logits, top_p).softmax(-1)
 
 # %% ../../../exercises/solutions/01_generation.ipynb #a4e8a3cf
@@ -164,7 +233,8 @@ def generate(next_logits, prompt, stops, max_new_tokens):
 # %% ../../../exercises/solutions/01_generation.ipynb #94dd4752
 @dataclass
 class Puppet:
-    "A model that goes on from `after` with `writes`, and then knows no more; to any other text it says something else."
+    """A model that goes on from `after` with `writes`, and then knows no more;
+    to any other text it says something else."""
     after:list
     writes:list
     def __call__(self, ids):
@@ -172,62 +242,104 @@ class Puppet:
         script, ids = self.after + self.writes, list(ids)
         if ids == script:
             raise RuntimeError("the puppet is asked to go on, where all has been written")
-        said = script[len(ids)] if len(ids) >= len(self.after) and ids == script[:len(ids)] else (3 * sum(ids) + len(ids)) % 10
+        if len(ids) >= len(self.after) and ids == script[:len(ids)]:
+            said = script[len(ids)]
+        else:
+            said = (3 * sum(ids) + len(ids)) % 10
         return torch.nn.functional.one_hot(torch.tensor(said), 10).float()
 
-q3 = Question("generation.stop_sequences", "Stop sequences", generate, example=lambda: (Puppet([5, 6], [7, 8, 3, 4, 9]), [5, 6], [[3, 4]], 8), stars=2, minutes=15, hints=[
-    "Keep the new ids in a list of their own: then the prompt cannot be part of a stop sequence, nor of the result.",
-    "`new[-len(stop):] == stop` says whether the new ids end with a stop sequence.",
-    "Look for a stop *before* you look at the limit: a text may end with the very last token that it is allowed."])
+q3 = Question("generation.stop_sequences", "Stop sequences", generate,
+    example=lambda: (Puppet([5, 6], [7, 8, 3, 4, 9]), [5, 6], [[3, 4]], 8),
+    stars=2, minutes=15, hints=[
+        "Keep the new ids in a list of their own: then the prompt cannot be part of a stop "
+            "sequence, nor of the result.",
+        "`new[-len(stop):] == stop` says whether the new ids end with a stop sequence.",
+        "Look for a stop *before* you look at the limit: a text may end with the very last token "
+            "that it is allowed.",
+    ])
 
 @q3.inputs
 def _(rng):
     a, b, c, d = rng.sample(range(2, 10), 4)
-    cases = [([a], [b, c], [[c]], 4), ([a, b], [a, b, c], [[a, d]], 3), ([a], [b, c, d], [[c, d]], 3), ([a, b], [c, a, b, d, a, d], [[b, c]], 6), ([a], [b, d, c, d, a], [[c, d], [a]], 9),
-             ([a], [b, c, c, d], [[c, d]], 9), ([b], [b, c], [[a]], 0), ([a, c], [d, c, b, a], [[b, a], [d, d]], 8), ([a], [b, d, c, b], [[c, b, d], [b], [d, c]], 5), ([a], [b, c, c, d, b], [[a, b], [c, d]], 9), ([b], [c, a, d, d, b, c], [[a, d]], 6)]
+    cases = [
+        ([a], [b, c], [[c]], 4),
+        ([a, b], [a, b, c], [[a, d]], 3),
+        ([a], [b, c, d], [[c, d]], 3),
+        ([a, b], [c, a, b, d, a, d], [[b, c]], 6),
+        ([a], [b, d, c, d, a], [[c, d], [a]], 9),
+        ([a], [b, c, c, d], [[c, d]], 9),
+        ([b], [b, c], [[a]], 0),
+        ([a, c], [d, c, b, a], [[b, a], [d, d]], 8),
+        ([a], [b, d, c, b], [[c, b, d], [b], [d, c]], 5),
+        ([a], [b, c, c, d, b], [[a, b], [c, d]], 9),
+        ([b], [c, a, d, d, b, c], [[a, d]], 6),
+    ]
     return [(Puppet(list(prompt), writes), prompt, stops, n) for prompt, writes, stops, n in cases]
 
 # %% ../../../exercises/solutions/01_generation.ipynb #d516e218
-def _loop(next_logits, prompt, stops, limit, feed=lambda prompt, new: prompt + new, ends=lambda prompt, new, stop: new[-len(stop):] == stop, keep=False, whole=False, extra=0):
+def _all(prompt, new): return prompt + new
+def _ended(prompt, new, stop): return new[-len(stop):] == stop
+
+def _loop(next_logits, prompt, stops, limit,
+          feed=_all, ends=_ended, keep=False, whole=False, extra=0):
     new, reason = [], "length"
     while len(new) < limit + extra and reason == "length":
         new.append(int(next_logits(feed(prompt, new)).argmax()))
-        if stop := next((stop for stop in stops if ends(prompt, new, stop)), None):
-            new, reason = new if keep else new[:-len(stop)], "stop"
+        found = [stop for stop in stops if ends(prompt, new, stop)]
+        if found:
+            reason = "stop"
+            new = new if keep else new[:-len(found[0])]
     return (prompt + new if whole else new), reason
 
-@q3.mistake("never stops", "the loop goes on to the limit although a stop sequence was written. Look after every token.")
+@q3.mistake("never stops",
+    "the loop goes on to the limit although a stop sequence was written. Look after every token.")
 def _(*args): return _loop(*args, ends=lambda *_: False)
 
-@q3.mistake("keeps the stop sequence", "the stop sequence is still there at the end of your result; it is a sign for us and no part of the answer.")
+@q3.mistake("keeps the stop sequence",
+    "the stop sequence is still there at the end of your result; it is a sign for us and no part "
+    "of the answer.")
 def _(*args): return _loop(*args, keep=True)
 
-@q3.mistake("looks at single tokens", "you stop at a single token of a stop sequence; all of it must have been written, in this order.")
+@q3.mistake("looks at single tokens",
+    "you stop at a single token of a stop sequence; all of it must have been written, in this "
+    "order.")
 def _(*args): return _loop(*args, ends=lambda prompt, new, stop: new[-1] == stop[-1])
 
-@q3.mistake("stops at any of its tokens", "you stop at a single token of a stop sequence; all of it must have been written, in this order. (And only that goes.)")
+@q3.mistake("stops at any of its tokens",
+    "you stop at a single token of a stop sequence; all of it must have been written, in this "
+    "order. (And only that goes.)")
 def _(next_logits, prompt, stops, limit):
-    new, reason = _loop(next_logits, prompt, [[t] for stop in stops for t in stop], limit)
-    return new, reason
+    single = [[token] for stop in stops for token in stop]
+    return _loop(next_logits, prompt, single, limit)
 
 # %% ../../../exercises/solutions/01_generation.ipynb #20b5359a
-@q3.mistake("finds the stop in the prompt", "you count tokens of the prompt as part of a stop sequence. Only what the model wrote can end its answer.")
+@q3.mistake("finds the stop in the prompt",
+    "you count tokens of the prompt as part of a stop sequence. Only what the model wrote can end "
+    "its answer.")
 def _(*args):
     return _loop(*args, ends=lambda prompt, new, stop: (prompt + new)[-len(stop):] == stop)
 
-@q3.mistake("one stop sequence only", "you look for the first stop sequence and for no other; any of them ends the text.")
+@q3.mistake("one stop sequence only",
+    "you look for the first stop sequence and for no other; any of them ends the text.")
 def _(next_logits, prompt, stops, limit): return _loop(next_logits, prompt, stops[:1], limit)
 
-@q3.mistake("returns the prompt too", "the prompt is part of your result; only the new ids are wanted.")
+@q3.mistake("returns the prompt too",
+    "the prompt is part of your result; only the new ids are wanted.")
 def _(*args): return _loop(*args, whole=True)
 
-@q3.mistake("forgets the prompt", "the model must see the prompt and all that was written since, in every step; you give it the new ids only.")
+@q3.mistake("forgets the prompt",
+    "the model must see the prompt and all that was written since, in every step; you give it the "
+    "new ids only.")
 def _(*args): return _loop(*args, feed=lambda prompt, new: new or prompt)
 
-@q3.mistake("forgets what was written", "the model must see what it has written so far; you give it the prompt alone, so it says the same each time.")
+@q3.mistake("forgets what was written",
+    "the model must see what it has written so far; you give it the prompt alone, so it says the "
+    "same each time.")
 def _(*args): return _loop(*args, feed=lambda prompt, new: prompt)
 
-@q3.mistake("feeds only the last token", "you give the model only the last token. That is enough with a KV cache, which remembers the others; this model has none.")
+@q3.mistake("feeds only the last token",
+    "you give the model only the last token. That is enough with a KV cache, which remembers the "
+    "others; this model has none.")
 def _(*args): return _loop(*args, feed=lambda prompt, new: new[-1:] or prompt)
 
 @q3.mistake("no limit", "you do not look at `max_new_tokens`. Many a text never ends by itself.")
@@ -236,10 +348,14 @@ def _(next_logits, prompt, stops, limit): return _loop(next_logits, prompt, stop
 @q3.mistake("one token too many", "you write one token more than `max_new_tokens` allows.")
 def _(*args): return _loop(*args, extra=1)
 
-@q3.mistake("length although it stopped", "the last token that was allowed completed a stop sequence, and you say \"length\". Look for the stop before the limit.")
+@q3.mistake("length although it stopped",
+    "the last token that was allowed completed a stop sequence, and you say \"length\". Look for "
+    "the stop before the limit.")
 def _(next_logits, prompt, stops, limit):
     new, reason = _loop(next_logits, prompt, stops, limit - 1)
-    return (new, reason) if reason == "stop" or limit < 1 else (_loop(next_logits, prompt, [], limit)[0], "length")
+    if reason == "stop" or limit < 1:
+        return new, reason
+    return _loop(next_logits, prompt, [], limit)
 
 # %% ../../../exercises/solutions/01_generation.ipynb #84b5c700
 def pad_left(rows, pad_id):
@@ -247,53 +363,92 @@ def pad_left(rows, pad_id):
     # BEGIN SOLUTION
     import torch
     width = max(map(len, rows))
-    fill = lambda row, filler: [filler] * (width - len(row)) + row
-    return dict(input_ids=torch.tensor([fill(row, pad_id) for row in rows]), attention_mask=torch.tensor([fill([1] * len(row), 0) for row in rows]),
-                position_ids=torch.tensor([fill(list(range(len(row))), 0) for row in rows]))
+    def filled(row, filler): return [filler] * (width - len(row)) + row
+    ids = [filled(row, pad_id) for row in rows]
+    mask = [filled([1] * len(row), 0) for row in rows]
+    positions = [filled(list(range(len(row))), 0) for row in rows]
+    return dict(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask),
+                position_ids=torch.tensor(positions))
     # END SOLUTION
 
 # %% ../../../exercises/solutions/01_generation.ipynb #47a4ae03
-q4 = Question("generation.pad_left", "Padding on the left", pad_left, example=lambda: ([[0, 5, 6], [0, 7]], 0), stars=2, minutes=15, hints=[
-    "The length of a row says how much of it is real. The ids do not: `pad_id` may be one of them.",
-    "`[pad_id] * (width - len(row)) + row`, and the same with zeros for the mask and the positions.",
-    "The positions of a row are `range(len(row))`, behind as many zeros as there is padding."])
+q4 = Question("generation.pad_left", "Padding on the left", pad_left,
+    example=lambda: ([[0, 5, 6], [0, 7]], 0),
+    stars=2, minutes=15, hints=[
+        "The length of a row says how much of it is real. The ids do not: `pad_id` may be one of "
+            "them.",
+        "`[pad_id] * (width - len(row)) + row`, and the same with zeros for the mask and the "
+            "positions.",
+        "The positions of a row are `range(len(row))`, after as many zeros as there is padding.",
+    ])
 
 @q4.inputs
 def _(rng):
-    row = lambda n, low=1: [rng.randint(low, 9) for _ in range(n)]
-    return [([[3, 4], [5]], 0), ([row(2)], 0), ([row(1), row(3)], 0), ([[0, *row(2)], [0, *row(1)]], 0), ([row(4, 0), row(2, 0), row(3, 0)], 0), ([row(2), [7, 7], [7]], 7)]
+    def row(n, low=1): return [rng.randint(low, 9) for _ in range(n)]
+    return [
+        ([[3, 4], [5]], 0),
+        ([row(2)], 0),
+        ([row(1), row(3)], 0),
+        ([[0, *row(2)], [0, *row(1)]], 0),
+        ([row(4, 0), row(2, 0), row(3, 0)], 0),
+        ([row(2), [7, 7], [7]], 7),
+    ]
 
 # %% ../../../exercises/solutions/01_generation.ipynb #ef1a78d0
 def _pad(rows, pad_id, left=True, mask=None, positions=None):
     import torch
     width = max(map(len, rows))
-    fill = lambda row, filler: [filler] * (width - len(row)) + row if left else row + [filler] * (width - len(row))
-    ids, real = torch.tensor([fill(row, pad_id) for row in rows]), torch.tensor([fill([1] * len(row), 0) for row in rows])
-    seen = mask(ids) if mask else real
-    return dict(input_ids=ids, attention_mask=seen, position_ids=positions(seen) if positions else (seen.cumsum(-1) - 1).clamp(min=0) * seen)
+    def filled(row, filler):
+        padding = [filler] * (width - len(row))
+        return padding + row if left else row + padding
+    ids = torch.tensor([filled(row, pad_id) for row in rows])
+    if mask:
+        seen = mask(ids)
+    else:
+        seen = torch.tensor([filled([1] * len(row), 0) for row in rows])
+    if positions:
+        places = positions(seen)
+    else:
+        places = (seen.cumsum(-1) - 1).clamp(min=0) * seen
+    return dict(input_ids=ids, attention_mask=seen, position_ids=places)
 
-@q4.mistake("pads on the right", "your padding stands on the right. The new tokens are put there, so between a short prompt and its continuation there would be a hole.")
+@q4.mistake("pads on the right",
+    "your padding is on the right. The new tokens are put there, so between a short prompt and "
+    "its continuation there would be a hole.")
 def _(rows, pad_id): return _pad(rows, pad_id, left=False)
 
-@q4.mistake("positions count the padding", "your positions begin at the left edge, padding included, so a short prompt is told that it starts in the middle. Count from the first real token.")
+@q4.mistake("positions count the padding",
+    "your positions begin at the left edge, padding included, so a short prompt is told that it "
+    "starts in the middle. Count from the first real token.")
 def _(rows, pad_id):
     return _pad(rows, pad_id, positions=lambda real: real.new_ones(real.shape).cumsum(-1) - 1)
 
-@q4.mistake("mask from the pad id", "you look for the padding by its id, and hide real tokens that have the same id. The lengths of the rows say what is real.")
+@q4.mistake("mask from the pad id",
+    "you look for the padding by its id, and hide real tokens that have the same id. The lengths "
+    "of the rows say what is real.")
 def _(rows, pad_id): return _pad(rows, pad_id, mask=lambda ids: (ids != pad_id).long())
 
-@q4.mistake("positions begin at 1", "your positions begin at 1. The first real token has position 0, as it had when the model was trained.")
+@q4.mistake("positions begin at 1",
+    "your positions begin at 1. The first real token has position 0, as it had when the model was "
+    "trained.")
 def _(rows, pad_id): return _pad(rows, pad_id, positions=lambda real: real.cumsum(-1))
 
-@q4.mistake("positions below 0", "at the padding your positions are -1; as an index that is no position (0 is asked for there; what it is does not matter to the result, since the mask hides it).")
+@q4.mistake("positions below 0",
+    "at the padding your positions are -1; as an index that is no position (0 is asked for there; "
+    "what it is does not matter to the result, since the mask hides it).")
 def _(rows, pad_id): return _pad(rows, pad_id, positions=lambda real: real.cumsum(-1) - 1)
 
-@q4.mistake("mask upside down", "your mask is 1 at the padding and 0 at the tokens; it says what is to be looked at.")
+@q4.mistake("mask upside down",
+    "your mask is 1 at the padding and 0 at the tokens; it says what is to be looked at.")
 def _(rows, pad_id):
-    return (found := _pad(rows, pad_id)) | dict(attention_mask=1 - found["attention_mask"])
+    found = _pad(rows, pad_id)
+    return found | dict(attention_mask=1 - found["attention_mask"])
 
-@q4.mistake("cut to the shortest", "you cut the rows to the shortest one: ids are lost. Fill up to the longest.")
-def _(rows, pad_id): return _pad([row[:min(map(len, rows))] for row in rows], pad_id)
+@q4.mistake("cut to the shortest",
+    "you cut the rows to the shortest one: ids are lost. Fill up to the longest.")
+def _(rows, pad_id):
+    shortest = min(map(len, rows))
+    return _pad([row[:shortest] for row in rows], pad_id)
 
 # %% ../../../exercises/solutions/01_generation.ipynb #4d654b93
 def answer_loss(logits, ids, prompt_length):
@@ -304,68 +459,117 @@ def answer_loss(logits, ids, prompt_length):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/01_generation.ipynb #df652f1d
-q5 = Question("generation.answer_loss", "How surprising is an answer?", answer_loss, example=lambda: (_tensor([[3.0, 0.0, 0.0], [0.0, 2.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]), _tensor([0, 1, 1, 2]), 2), stars=3, minutes=20, hints=[
-    "Write down, for a text of four tokens with a prompt of two, which row of logits speaks of which token.",
-    "The first token of the answer, `ids[prompt_length]`, is predicted by the last one of the prompt: `logits[prompt_length - 1]`. The last row of logits speaks of a token that is not there.",
-    "`torch.nn.functional.cross_entropy(logits[prompt_length - 1:-1], ids[prompt_length:])` is all of it; with `log_softmax` and `gather` you see what it does."])
+q5 = Question("generation.answer_loss", "How surprising is an answer?", answer_loss,
+    example=lambda: (
+        _tensor([[3.0, 0.0, 0.0], [0.0, 2.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]),
+        _tensor([0, 1, 1, 2]), 2),
+    stars=3, minutes=20, hints=[
+        "Write down, for a text of four tokens with a prompt of two, which row of logits speaks "
+            "of which token.",
+        "The first token of the answer, `ids[prompt_length]`, is predicted by the last one of the "
+            "prompt: `logits[prompt_length - 1]`. The last row of logits speaks of a token that "
+            "is not there.",
+        "`torch.nn.functional.cross_entropy(logits[prompt_length - 1:-1], ids[prompt_length:])` "
+            "is all of it; with `log_softmax` and `gather` you see what it does.",
+    ])
 
 @q5.inputs
 def _(rng):
     def one(length, vocabulary, prompt_length):
-        return _logits(rng, length, vocabulary), _tensor([rng.randrange(vocabulary) for _ in range(length)]), prompt_length
-    return [one(3, 2, 1), one(4, 3, 2), one(5, 3, 1), one(6, 4, 3), one(5, 3, 3), one(rng.randint(6, 8), 5, rng.randint(1, 4))]
+        logits = _logits(rng, length, vocabulary)
+        ids = [rng.randrange(vocabulary) for _ in range(length)]
+        return logits, _tensor(ids), prompt_length
+    return [one(3, 2, 1), one(4, 3, 2), one(5, 3, 1), one(6, 4, 3), one(5, 3, 3),
+            one(rng.randint(6, 8), 5, rng.randint(1, 4))]
 
 # %% ../../../exercises/solutions/01_generation.ipynb #471e5f03
 def _nll(logits, ids): return -logits.log_softmax(-1).gather(-1, ids[:, None])
 
-@q5.mistake("no shift", "you compare the logits at a place with the token at the *same* place, which the model has just read. They speak of the next one: shift by one.")
+@q5.mistake("no shift",
+    "you compare the logits at a place with the token at the *same* place, which the model has "
+    "just read. They speak of the next one: shift by one.")
 def _(logits, ids, n): return _nll(logits[n:], ids[n:]).mean()
 
-@q5.mistake("shifted the wrong way", "you compare logits with the token *before*: shifted, but the wrong way. The logits at i speak of the token at i + 1.")
+@q5.mistake("shifted the wrong way",
+    "you compare logits with the token *before*: shifted, but the wrong way. The logits at i "
+    "speak of the token at i + 1.")
 def _(logits, ids, n): return _nll(logits[n:], ids[n - 1:-1]).mean()
 
-@q5.mistake("the prompt counts too", "your mean runs over the prompt as well; only the tokens of the answer count.")
+@q5.mistake("the prompt counts too",
+    "your mean runs over the prompt as well; only the tokens of the answer count.")
 def _(logits, ids, n): return _nll(logits[:-1], ids[1:]).mean()
 
-@q5.mistake("first answer token left out", "the first token of the answer is missing: it is predicted by the last token of the prompt, so the logits begin at prompt_length - 1.")
+@q5.mistake("first answer token left out",
+    "the first token of the answer is missing: it is predicted by the last token of the prompt, "
+    "so the logits begin at prompt_length - 1.")
 def _(logits, ids, n): return _nll(logits[n:-1], ids[n + 1:]).mean()
 
-@q5.mistake("last prompt token counted", "you count the last token of the prompt as part of the answer: one too early.")
+@q5.mistake("last prompt token counted",
+    "you count the last token of the prompt as part of the answer: one too early.")
 def _(logits, ids, n): return _nll(logits[max(n - 2, 0):-1], ids[max(n - 1, 1):]).mean()
 
-@q5.mistake("sum instead of mean", "that is the sum; the mean divides by the number of the answer's tokens, so that long answers can be compared with short ones.")
+@q5.mistake("sum instead of mean",
+    "that is the sum; the mean divides by the number of the answer's tokens, so that long answers "
+    "can be compared with short ones.")
 def _(logits, ids, n): return _nll(logits[n - 1:-1], ids[n:]).sum()
 
 # %% ../../../exercises/solutions/01_generation.ipynb #723500df
-@q5.mistake("divided by the whole length", "you divide by the length of the whole text; divide by the number of the answer's tokens, or a long prompt makes any answer look good.")
+@q5.mistake("divided by the whole length",
+    "you divide by the length of the whole text; divide by the number of the answer's tokens, or "
+    "a long prompt makes any answer look good.")
 def _(logits, ids, n): return _nll(logits[n - 1:-1], ids[n:]).sum() / len(ids)
 
-@q5.mistake("bits instead of nats", "that is in bits: you took the logarithm to base 2, and nats want the natural one.")
+@q5.mistake("bits instead of nats",
+    "that is in bits: you took the logarithm to base 2, and nats want the natural one.")
 def _(logits, ids, n): return _nll(logits[n - 1:-1], ids[n:]).mean() / math.log(2)
 
 @q5.mistake("sign", "a loss is positive: minus the logarithm of a probability.")
 def _(logits, ids, n): return -_nll(logits[n - 1:-1], ids[n:]).mean()
 
-@q5.mistake("logarithm of the mean", "you take the mean of the probabilities and then the logarithm; it is the other way round, and gives another number: one impossible token must hurt.")
+@q5.mistake("logarithm of the mean",
+    "you take the mean of the probabilities and then the logarithm; it is the other way round, "
+    "and gives another number: one impossible token must hurt.")
 def _(logits, ids, n): return -(-_nll(logits[n - 1:-1], ids[n:])).exp().mean().log()
 
-@q5.mistake("without softmax", "you take the logits for log-probabilities. They become that only by log_softmax, which makes the probabilities of a row add up to 1.")
+@q5.mistake("without softmax",
+    "you take the logits for log-probabilities. They become that only by log_softmax, which makes "
+    "the probabilities of a row add up to 1.")
 def _(logits, ids, n): return -logits[n - 1:-1].gather(-1, ids[n:, None]).mean()
 
-@q5.mistake("softmax over the places", "your softmax runs along the text; each place has a distribution over the vocabulary, dimension -1.")
+@q5.mistake("softmax over the places",
+    "your softmax runs along the text; each place has a distribution over the vocabulary, "
+    "dimension -1.")
 def _(logits, ids, n): return -logits.log_softmax(0)[n - 1:-1].gather(-1, ids[n:, None]).mean()
 
-@q5.mistake("softmax twice", "softmax is applied twice: cross_entropy does it by itself, and wants logits.")
+@q5.mistake("softmax twice",
+    "softmax is applied twice: cross_entropy does it by itself, and wants logits.")
 def _(logits, ids, n): return _nll(logits.softmax(-1)[n - 1:-1], ids[n:]).mean()
 
 # %% ../../../exercises/solutions/01_generation.ipynb #cecba2b4
-q6 = OpenQuestion("generation.is_it_better", "Is it better?", stars=2, minutes=10, rubric=[
-    "The base model was asked in a way in which it cannot show what it knows; a few-shot prompt (with its output cut) is the fair comparison.",
-    "Fine-tuning taught the form (to answer, in these words, and to stop); facts that the base already had were not taught by it.",
-    "20 questions are few: the interval of 85 % reaches from about 64 % to 95 %.",
-    "A limit of 8 tokens cuts answers off: some fail or pass for a reason that has nothing to do with knowledge; look at why each text ended.",
-    "The test questions must not stand in the training data, not even nearly, and questions about facts that nobody ever taught it should be among them."],
-    model="The base model was asked in a form in which it continues and does not answer, so its 0 % says nothing about what it knows: I would ask it with a few-shot prompt, cut its output, and compare with that. What fine-tuning added is then mostly form and stopping; the difference to few-shot, not to 0, is what could be called learned. "
-          "17 right of 20 is anything between 64 % and 95 %, so I would take some hundred questions and give the interval. Eight tokens may cut a right answer short, or cut off what would have made it wrong: I would raise the limit and count how many texts stopped by themselves. And I would make sure that no test question stands in the 1,000 conversations, "
-          "and add questions about facts that the model has never read, to see that it answers those too, wrongly.",
-    hints=["Which three things differ between the two measurements?", "What does the few-shot experiment of the lesson say about what the base model knows? And how certain is a share of 20?"])
+q6 = OpenQuestion("generation.is_it_better", "Is it better?",
+    stars=2, minutes=10, rubric=[
+        "The base model was asked in a way in which it cannot show what it knows; a few-shot "
+            "prompt (with its output cut) is the fair comparison.",
+        "Fine-tuning taught the form (to answer, in these words, and to stop); facts that the "
+            "base already had were not taught by it.",
+        "20 questions are few: the interval of 85 % reaches from about 64 % to 95 %.",
+        "A limit of 8 tokens cuts answers off: some fail or pass for a reason that has nothing to "
+            "do with knowledge; look at why each text ended.",
+        "The test questions must not be in the training data, not even nearly, and questions "
+            "about facts that nobody ever taught it should be among them.",
+    ],
+    model=(
+        "The base model was asked in a form in which it continues and does not answer, so its 0 % "
+        "says nothing about what it knows: I would ask it with a few-shot prompt, cut its output, "
+        "and compare with that. What fine-tuning added is then mostly form and stopping; the "
+        "difference to few-shot, not to 0, is what could be called learned. 17 right of 20 is "
+        "anything between 64 % and 95 %, so I would take some hundred questions and give the "
+        "interval. Eight tokens may cut a right answer short, or cut off what would have made it "
+        "wrong: I would raise the limit and count how many texts stopped by themselves. And I "
+        "would make sure that no test question is in the 1,000 conversations, and add questions "
+        "about facts that the model has never read, to see that it answers those too, wrongly."),
+    hints=[
+        "Which three things differ between the two measurements?",
+        "What does the few-shot experiment of the lesson say about what the base model knows? And "
+            "how certain is a share of 20?",
+    ])
