@@ -47,6 +47,7 @@ def _style() -> dict: # matplotlib's settings
     text = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     return dict.fromkeys(text, TEXT) | {
         "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "figure.titlesize": 10,
+        "figure.labelsize": 10,
         "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9, "legend.frameon": False,
         "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none",
         "figure.facecolor": "none", "savefig.facecolor": "none", "lines.linewidth": 1.8,

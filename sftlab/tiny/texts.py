@@ -6,12 +6,17 @@
 __all__ = ['TEXTS', 'NAMES_ZH', 'MIXTURE', 'PRACTICE', 'SUMS', 'COPYING', 'expand', 'pieces', 'compose', 'templates', 'documents']
 
 # %% ../../nbs/reference/tiny/texts.ipynb #1e223f5a
-import random, re
-from functools import cache
+import random
+import re
 from collections.abc import Iterator
-from .world import (ANIMALS, ANIMAL_THINGS, COLORS, COUNTABLE, COUNTRIES, KINDS, NAMES, NUMBERS, OPPOSITES, PLACES, STATEMENTS, SUBJECTS, THINGS, UNSEEN_COUNTRIES, WORDS,
-                               a, cap, make_example, make_function, make_list, make_numbers, make_passage, make_problem, make_review, make_sentence, make_sum, plural, split_of, tell)
+from functools import cache
+
 from ..models import tiny_path
+from .world import (
+    ANIMALS, ANIMAL_THINGS, COLORS, COUNTABLE, COUNTRIES, KINDS, NAMES, NUMBERS, OPPOSITES, PLACES,
+    STATEMENTS, SUBJECTS, THINGS, UNSEEN_COUNTRIES, WORDS, a, cap, make_example, make_function,
+    make_list, make_numbers, make_passage, make_problem, make_review, make_sentence, make_sum,
+    plural, split_of, tell)
 
 # %% ../../nbs/reference/tiny/texts.ipynb #c7b75a64
 def expand(
@@ -39,7 +44,8 @@ def compose(
     "Write one version of a piece."
     if piece[0] in ("LINES", "SCRIPT"):
         piece, between = piece[1:], "\n"
-    return between.join(sentence for line in piece if (sentence := expand(line, rng, **slots).strip()))
+    return between.join(sentence for line in piece
+                        if (sentence := expand(line, rng, **slots).strip()))
 
 # %% ../../nbs/reference/tiny/texts.ipynb #6cb27c2d
 TEXTS = tiny_path().parent/"texts"
@@ -52,23 +58,38 @@ def templates(
     return pieces((TEXTS/f"{name}.txt").read_text(encoding="utf-8"))
 
 # %% ../../nbs/reference/tiny/texts.ipynb #b749f9ce
-NAMES_ZH = dict(小明="他", 小红="她", 小华="他", 小丽="她", 小军="他", 小芳="她", 小刚="他", 小雨="她", 小林="他", 小雪="她")
-_OF_KIND = {kind: [t for t in THINGS if t["kind"] == kind] for kind in dict.fromkeys(t["kind"] for t in THINGS)}
+NAMES_ZH = dict(小明="他", 小红="她", 小华="他", 小丽="她", 小军="他", 小芳="她", 小刚="他",
+                小雨="她", 小林="他", 小雪="她")
+_OF_KIND = {kind: [t for t in THINGS if t["kind"] == kind]
+            for kind in dict.fromkeys(t["kind"] for t in THINGS)}
 _OBJECTS = [t for t in COUNTABLE if t["kind"] not in ("animal", "fruit", "vegetable")]
 
 def _english_slots(rng):
     "Somebody, somebody else, and what a plot may need."
     who, other = rng.sample(NAMES, 2)
     he, his, him = ("he", "his", "him") if NAMES.index(who) % 2 == 0 else ("she", "her", "her")
-    animal, thing, fruit, vegetable = rng.choice(ANIMALS), rng.choice(_OBJECTS)["name"], rng.choice(_OF_KIND["fruit"])["name"], rng.choice(_OF_KIND["vegetable"])["name"]
-    return dict(who=who, other=other, he=he, his=his, him=him, He=cap(he), His=cap(his), animal=animal["name"], a_animal=a(animal["name"]), food=animal["food"],
-                thing=thing, a_thing=a(thing), things=plural(thing), fruit=fruit, a_fruit=a(fruit), fruits=plural(fruit), vegetables=plural(vegetable),
-                place=rng.choice("garden park school market farm river forest village".split()), adj=rng.choice("big small hot cold new old long good heavy clean dirty dry full strong brave".split()), n=rng.randint(2, 12))
+    animal, thing, fruit, vegetable = (
+        rng.choice(ANIMALS), rng.choice(_OBJECTS)["name"],
+        rng.choice(_OF_KIND["fruit"])["name"], rng.choice(_OF_KIND["vegetable"])["name"])
+    return dict(
+        who=who, other=other, he=he, his=his, him=him, He=cap(he), His=cap(his),
+        animal=animal["name"], a_animal=a(animal["name"]), food=animal["food"],
+        thing=thing, a_thing=a(thing), things=plural(thing),
+        fruit=fruit, a_fruit=a(fruit), fruits=plural(fruit), vegetables=plural(vegetable),
+        place=rng.choice("garden park school market farm river forest village".split()),
+        adj=rng.choice("big small hot cold new old long good heavy clean dirty dry full "
+                       "strong brave".split()),
+        n=rng.randint(2, 12))
 
 def _chinese_slots(rng):
     who, other = rng.sample(list(NAMES_ZH), 2)
-    return dict(who=who, other=other, he=NAMES_ZH[who], animal=rng.choice("狗 猫 羊 鸭子 青蛙 老鼠 山羊 鹅 兔子 狐狸 乌龟 鹦鹉 猫头鹰 熊猫".split()), # what one counts with 只
-                thing=rng.choice("盒子 锤子 刷子 铲子 帽子 镜子 架子 鼓 钟 球".split()), fruit=rng.choice(_OF_KIND["fruit"])["zh"], place=rng.choice("花园 森林 公园 学校 市场 河边".split())) # 个
+    return dict(
+        who=who, other=other, he=NAMES_ZH[who],
+        animal=rng.choice( # what one counts with 只
+            "狗 猫 羊 鸭子 青蛙 老鼠 山羊 鹅 兔子 狐狸 乌龟 鹦鹉 猫头鹰 熊猫".split()),
+        thing=rng.choice("盒子 锤子 刷子 铲子 帽子 镜子 架子 鼓 钟 球".split()), # with 个
+        fruit=rng.choice(_OF_KIND["fruit"])["zh"],
+        place=rng.choice("花园 森林 公园 学校 市场 河边".split()))
 
 def _prose(rng):
     "An explanation, advice, an essay."
@@ -111,13 +132,17 @@ def _entry(rng):
     if style < 0.4:
         en.append(rng.choice(zh))
     name = cap(entity["name"])
-    return rng.choice(["", "", f"{name}\n", f"About {entity['name']}: ", f"{name}. ", f"# {name}\n", f"{name} ({entity['zh']}). ", f"What we know about {entity['name']}\n"]) + " ".join(en)
+    return rng.choice([
+        "", "", f"{name}\n", f"About {entity['name']}: ", f"{name}. ", f"# {name}\n",
+        f"{name} ({entity['zh']}). ", f"What we know about {entity['name']}\n"]) + " ".join(en)
 
 def _infobox(rng):
     "A name, a list of its properties, and the same again in sentences."
     sort, entity = _some(rng)
-    layout, between = rng.choice([("{}: {}", "\n"), ("- {}: {}", "\n"), ("| {} | {} |", "\n"), ("{} = {}", "; "), ("{}: {}", ", ")])
-    lines = [layout.format(key, entity[key]) for key in STATEMENTS[sort]] + [layout.format(rng.choice(["Chinese name", "in Chinese"]), entity["zh"])]
+    layout, between = rng.choice([("{}: {}", "\n"), ("- {}: {}", "\n"), ("| {} | {} |", "\n"),
+                                  ("{} = {}", "; "), ("{}: {}", ", ")])
+    lines = ([layout.format(key, entity[key]) for key in STATEMENTS[sort]]
+             + [layout.format(rng.choice(["Chinese name", "in Chinese"]), entity["zh"])])
     rng.shuffle(lines)
     lines = [layout.format("name", entity["name"])] + lines[:rng.randint(2, len(lines))]
     return between.join(lines) + "\n" + " ".join(tell(rng, sort, entity)[:3])
@@ -126,17 +151,21 @@ def _table(rng):
     "A table of several countries or animals."
     sort = rng.choice(["country", "animal"])
     keys = ["name"] + rng.sample([*STATEMENTS[sort], "zh"], rng.randint(1, 3))
-    bar, edge = rng.choice([(" | ", True), (", ", False), (",", False), ("\t", False), (" - ", False)])
-    rows = [keys] + [[entity[key] for key in keys] for entity in rng.sample(SUBJECTS[sort], rng.randint(3, 7))]
+    bar, edge = rng.choice([(" | ", True), (", ", False), (",", False), ("\t", False),
+                            (" - ", False)])
+    rows = [keys] + [[entity[key] for key in keys]
+                     for entity in rng.sample(SUBJECTS[sort], rng.randint(3, 7))]
     return "\n".join(f"| {bar.join(row)} |" if edge else bar.join(row) for row in rows)
 
-_ZH = {"country": {"continent_zh": "在{}", "capital_zh": "的首都是{}", "language_zh": "人说{}"}, "animal": {"group_zh": "是{}", "home_zh": "住在{}里", "legs": "有{}条腿"}}
+_ZH = {"country": {"continent_zh": "在{}", "capital_zh": "的首都是{}", "language_zh": "人说{}"},
+       "animal": {"group_zh": "是{}", "home_zh": "住在{}里", "legs": "有{}条腿"}}
 
 def _comparison_zh(rng, sort, x, y):
     told = []
     for key in rng.sample(list(_ZH[sort]), 2):
         one, two = (_ZH[sort][key].format(entity[key]) for entity in (x, y))
-        told.append(f"{x['zh']}和{y['zh']}都{one}" if one == two and "的" not in one else f"{x['zh']}{one}，{y['zh']}{two}")
+        told.append(f"{x['zh']}和{y['zh']}都{one}" if one == two and "的" not in one
+                    else f"{x['zh']}{one}，{y['zh']}{two}")
     return rng.choice(["，", "；", "。"]).join(told) + "。"
 
 def _comparison(rng):
@@ -145,27 +174,41 @@ def _comparison(rng):
     x, y = rng.sample(SUBJECTS[sort], 2)
     if rng.random() < 0.25:
         return _comparison_zh(rng, sort, x, y)
-    told, names = [], (x["name"], y["name"]) if sort == "country" else ("the " + x["name"], "the " + y["name"])
+    told, names = [], ((x["name"], y["name"]) if sort == "country"
+                       else ("the " + x["name"], "the " + y["name"]))
     for key in rng.sample(list(STATEMENTS[sort]), rng.randint(2, 3)):
         one, two = tell(rng, sort, x, [key])[0], tell(rng, sort, y, [key])[0]
         if x[key] == y[key]:
-            told.append(rng.choice([f"In this {names[0]} and {names[1]} are alike: {x[key]}.", f"{cap(key)} of both: {x[key]}.", f"{one} The same is true of {names[1]}."]))
+            told.append(rng.choice([
+                f"In this {names[0]} and {names[1]} are alike: {x[key]}.",
+                f"{cap(key)} of both: {x[key]}.", f"{one} The same is true of {names[1]}."]))
         else:
-            told.append(rng.choice([f"{one} {two}", f"{cap(key)}: {x[key]} for {names[0]}, {y[key]} for {names[1]}.", f"{one} But {names[1]} is different. {two}"]))
-    return rng.choice([f"{cap(names[0])} and {names[1]}. ", f"Let us compare {names[0]} with {names[1]}. ", ""]) + " ".join(told)
+            told.append(rng.choice([
+                f"{one} {two}", f"{cap(key)}: {x[key]} for {names[0]}, {y[key]} for {names[1]}.",
+                f"{one} But {names[1]} is different. {two}"]))
+    return rng.choice([f"{cap(names[0])} and {names[1]}. ",
+                       f"Let us compare {names[0]} with {names[1]}. ", ""]) + " ".join(told)
 
 def _riddle(rng):
     "Something that describes itself; then its name."
     if rng.random() < 0.55:
         x = rng.choice(SUBJECTS["animal"])
-        told = [rng.choice(["I have {legs} legs.", "Count my legs: {legs}."]), rng.choice(["I live in the {home}.", "My home is the {home}.", "You find me in the {home}."]),
-                rng.choice(["I eat {food}.", "I like {food}."]), rng.choice(["My young is called {a_baby}.", "My baby is {a_baby}."]), "I am {a_group}."]
-        end = rng.choice(["I am {a}.", "It is {a}.", "The answer is: {a}.", "Who am I? {A}.", "My name is {name}, in Chinese {zh}."])
+        told = [rng.choice(["I have {legs} legs.", "Count my legs: {legs}."]),
+                rng.choice(["I live in the {home}.", "My home is the {home}.",
+                            "You find me in the {home}."]),
+                rng.choice(["I eat {food}.", "I like {food}."]),
+                rng.choice(["My young is called {a_baby}.", "My baby is {a_baby}."]),
+                "I am {a_group}."]
+        end = rng.choice(["I am {a}.", "It is {a}.", "The answer is: {a}.", "Who am I? {A}.",
+                          "My name is {name}, in Chinese {zh}."])
     else:
         x = rng.choice(SUBJECTS["country"])
-        told = [rng.choice(["My people speak {language}.", "{language} is spoken here."]), rng.choice(["I lie in {continent}.", "Look for me in {continent}."]), rng.choice(["You pay with the {currency}.", "My money is the {currency}."]),
+        told = [rng.choice(["My people speak {language}.", "{language} is spoken here."]),
+                rng.choice(["I lie in {continent}.", "Look for me in {continent}."]),
+                rng.choice(["You pay with the {currency}.", "My money is the {currency}."]),
                 rng.choice(["My capital is {capital}.", "The capital is {capital}."])]
-        end = rng.choice(["The country is {name}.", "It is {name}.", "My name is {name}.", "The answer is: {name}.", "I am {name}, in Chinese {zh}."])
+        end = rng.choice(["The country is {name}.", "It is {name}.", "My name is {name}.",
+                          "The answer is: {name}.", "I am {name}, in Chinese {zh}."])
     rng.shuffle(told)
     return " ".join(told[:rng.randint(3, len(told))] + [end]).format(**x)
 
@@ -173,28 +216,54 @@ def _travel(rng):
     "A journey through several countries."
     (who, other), told = rng.sample(NAMES, 2), []
     he = "he" if NAMES.index(who) % 2 == 0 else "she"
-    when = iter(rng.choice(["First|Then|After that|At last", "In spring|In summer|In autumn|In winter", "On Monday|On Wednesday|On Friday|On Sunday", "In January|In May|In July|In October", "In the first week|In the second week|In the third week|In the end"]).split("|"))
+    when = iter(rng.choice([
+        "First|Then|After that|At last", "In spring|In summer|In autumn|In winter",
+        "On Monday|On Wednesday|On Friday|On Sunday", "In January|In May|In July|In October",
+        "In the first week|In the second week|In the third week|In the end"]).split("|"))
     for country in rng.sample(SUBJECTS["country"], rng.randint(2, 4)):
-        told.append(expand(next(when) + " " + rng.choice([
-            "{who} [flew|went|travelled] to {capital}, the capital of {name}[, and stayed for {n} days|].", "[{subject} reached|{subject} came to|the train brought {who} to] {name}, where people speak {language}.",
-            "{who} was in {name}. [{He} paid|There one pays] with the {currency}[ and bought {a_thing}|].", "{subject} saw {capital} in {name}[ and wrote to {other}|].", "{who} visited {continent} and stopped in {name}[ to learn some {language}|].",
-            "{who} changed {his} money into the {currency} and [drove|went] to {capital}, because that is the capital of {name}."]), rng,
-            subject=he if told else who, who=who, other=other, he=he, He=cap(he), his="his" if he == "he" else "her", n=rng.randint(2, 12), a_thing=a(rng.choice(_OBJECTS)["name"]), **{k: country[k] for k in ("name", "capital", "language", "continent", "currency")}))
+        told.append(expand(
+            next(when) + " " + rng.choice([
+                "{who} [flew|went|travelled] to {capital}, the capital of {name}"
+                "[, and stayed for {n} days|].",
+                "[{subject} reached|{subject} came to|the train brought {who} to] {name}, "
+                "where people speak {language}.",
+                "{who} was in {name}. [{He} paid|There one pays] with the {currency}"
+                "[ and bought {a_thing}|].",
+                "{subject} saw {capital} in {name}[ and wrote to {other}|].",
+                "{who} visited {continent} and stopped in {name}[ to learn some {language}|].",
+                "{who} changed {his} money into the {currency} and [drove|went] to {capital}, "
+                "because that is the capital of {name}."]),
+            rng, subject=he if told else who, who=who, other=other, he=he, He=cap(he),
+            his="his" if he == "he" else "her", n=rng.randint(2, 12),
+            a_thing=a(rng.choice(_OBJECTS)["name"]),
+            **{k: country[k] for k in ("name", "capital", "language", "continent", "currency")}))
     return rng.choice(["", f"The journey of {who}. ", "A long way. "]) + " ".join(told)
 
 def _animal_report(rng):
     "A child writes about an animal."
     x, who = rng.choice(SUBJECTS["animal"]), rng.choice(NAMES)
     told = tell(rng, "animal", x)[:rng.randint(2, 4)]
-    told.insert(0, expand(rng.choice(["My [favorite|best-loved] animal is the {name}.", "[Last week|Yesterday|In summer] I saw {a} [at the zoo|with my {who}|in a book].", "[Today we learned|Our teacher told us] about the {name}.", "I want to tell you about {a}.",
-        "{who} has drawn {a} [and hung it on the wall|for the school].", "Do not be afraid of {a}."]), rng, **{k: x[k] for k in ("name", "a")}, who=rng.choice([who, "mother", "father", "sister", "friend"])))
-    return " ".join(told) + rng.choice(["", "", " That is all I know.", " I would like to have one.", f" In Chinese its name is {x['zh']}.", f" {who} says that it is very {rng.choice(OPPOSITES[:20])['a']}."])
+    told.insert(0, expand(
+        rng.choice([
+            "My [favorite|best-loved] animal is the {name}.",
+            "[Last week|Yesterday|In summer] I saw {a} [at the zoo|with my {who}|in a book].",
+            "[Today we learned|Our teacher told us] about the {name}.",
+            "I want to tell you about {a}.",
+            "{who} has drawn {a} [and hung it on the wall|for the school].",
+            "Do not be afraid of {a}."]),
+        rng, **{k: x[k] for k in ("name", "a")},
+        who=rng.choice([who, "mother", "father", "sister", "friend"])))
+    return " ".join(told) + rng.choice([
+        "", "", " That is all I know.", " I would like to have one.",
+        f" In Chinese its name is {x['zh']}.",
+        f" {who} says that it is very {rng.choice(OPPOSITES[:20])['a']}."])
 
 def _facts(rng):
     "Facts about different things, one after the other."
     told = []
     for _ in range(rng.randint(3, 7)):
-        sort, entity = _some(rng, rng.choice(["country", "animal", "thing", "opposite", "plural", "past", "word"]))
+        sort, entity = _some(rng, rng.choice([
+            "country", "animal", "thing", "opposite", "plural", "past", "word"]))
         told.append(rng.choice(tell(rng, sort, entity)))
     return rng.choice([" ", "\n", "\n- "]).join(told)
 
@@ -204,27 +273,36 @@ def _word_note(rng):
     word = entity.get("name") or entity.get("verb") or entity.get("en") or entity["a"]
     told = sum((tell(rng, sort, entity) for _ in range(3)), [])
     if word in WORDS:
-        told += [p.format(en=word, zh=WORDS[word]) for r in ("to_zh", "to_en") for p in rng.sample(STATEMENTS["word"][r], 3)]
+        told += [p.format(en=word, zh=WORDS[word]) for r in ("to_zh", "to_en")
+                 for p in rng.sample(STATEMENTS["word"][r], 3)]
     told = sorted(set(told))
     rng.shuffle(told)
-    return rng.choice(["", f"{word}: ", f"Word: {word}\n", f"{cap(word)}. ", f"The word of the day is {word}. "]) + " ".join(told[:rng.randint(2, 5)])
+    return rng.choice(["", f"{word}: ", f"Word: {word}\n", f"{cap(word)}. ",
+                       f"The word of the day is {word}. "]) + " ".join(told[:rng.randint(2, 5)])
 
 def _glossary(rng):
     "A list of words with their translations, opposites, plurals or past tenses, all written the same way."
     sort = rng.choice(["word", "word", "word", "opposite", "plural", "past"])
     phrasing = rng.choice(sum(STATEMENTS[sort].values(), []))
-    return "\n".join(phrasing.format(**entity) for entity in rng.sample(SUBJECTS[sort], rng.randint(3, 9)))
+    return "\n".join(phrasing.format(**entity)
+                     for entity in rng.sample(SUBJECTS[sort], rng.randint(3, 9)))
 
 def _cards(rng):
     "Cards to learn from: what is on the front, and below it what is on the back."
-    sort, layout = rng.choice("word word word opposite plural past country animal thing".split()), rng.choice(["{}\n{}", "{}\n{}", "* {}\n{}", "Front: {}\nBack:\n{}", "[{}]\n{}", "The card says {}.\n{}"])
-    sides = {"word": ["en zh", "zh en"], "opposite": ["a b", "a_zh b_zh"], "plural": ["name plural"], "past": ["verb past"]}
+    sort, layout = (
+        rng.choice("word word word opposite plural past country animal thing".split()),
+        rng.choice(["{}\n{}", "{}\n{}", "* {}\n{}", "Front: {}\nBack:\n{}", "[{}]\n{}",
+                    "The card says {}.\n{}"]))
+    sides = {"word": ["en zh", "zh en"], "opposite": ["a b", "a_zh b_zh"],
+             "plural": ["name plural"], "past": ["verb past"]}
     keys, told = rng.choice(sides.get(sort, [""])).split(), []
     for entity in rng.sample(SUBJECTS[sort], rng.randint(3, 8)):
         if keys:
             told.append([entity[key] for key in keys])
         else:
-            about = [s for s in tell(rng, sort, entity) if s.startswith((cap(entity["name"]), cap(a(entity["name"])), "The " + entity["name"]))]
+            about = [s for s in tell(rng, sort, entity)
+                     if s.startswith((cap(entity["name"]), cap(a(entity["name"])),
+                                      "The " + entity["name"]))]
             if about:
                 told.append([entity["name"], about[0]])
     return "\n".join(layout.format(*card) for card in told) or _cards(rng)
@@ -241,23 +319,37 @@ def _chinese(rng):
         if sort == "opposite":
             told += tell(rng, sort, entity, ["zh"])
         elif sort == "thing":
-            told.append(rng.choice([p for p in STATEMENTS["thing"]["kind"] if p.startswith("{zh}") or p.startswith("{kind_zh}")]).format(**entity))
+            told.append(rng.choice([
+                p for p in STATEMENTS["thing"]["kind"]
+                if p.startswith("{zh}") or p.startswith("{kind_zh}")]).format(**entity))
         else:
             told.append(rng.choice(tell(rng, sort, entity)))
     return rng.choice(["", "", "\n"]).join(told)
 
 def _translations(rng):
     "Sentences in both languages."
-    layout = rng.choice(["{en} {zh}", "{zh} {en}", "English: {en}\nChinese: {zh}", "中文：{zh}\n英文：{en}", "{en} In Chinese: {zh}", "{en}\n{zh}", "{zh}（{en}）", "{en} | {zh}", "Whoever says “{zh}” means: {en}"])
-    return "\n".join(layout.format(en=en, zh=zh) for en, zh in (make_sentence(rng) for _ in range(rng.randint(2, 6))))
+    layout = rng.choice(["{en} {zh}", "{zh} {en}", "English: {en}\nChinese: {zh}",
+                         "中文：{zh}\n英文：{en}", "{en} In Chinese: {zh}", "{en}\n{zh}",
+                         "{zh}（{en}）", "{en} | {zh}", "Whoever says “{zh}” means: {en}"])
+    return "\n".join(
+        layout.format(en=en, zh=zh)
+        for en, zh in (make_sentence(rng) for _ in range(rng.randint(2, 6))))
 
 def _lists(rng):
     "Members of one kind of thing."
     kind = rng.choice(sorted({t["kind"] for t in THINGS + ANIMAL_THINGS}))
-    members = rng.sample([t for t in THINGS + ANIMAL_THINGS if t["kind"] == kind], rng.randint(3, 6))
-    names, kinds, zh = [m["name"] for m in members], members[0]["kinds"], "、".join(m["zh"] for m in members)
-    return rng.choice([f"{cap(kinds)}: {', '.join(names)}.", f"{cap(kinds)}\n" + "\n".join("- " + n for n in names), f"Some {kinds} that people know well are {', '.join(names[:-1])} and {names[-1]}.",
-        f"{zh}都是{members[0]['kind_zh']}。", f"{members[0]['kind_zh']}有很多，比如{zh}。", f"In the box of {kinds}:\n" + "\n".join(f"{i}. {n}" for i, n in enumerate(names, 1)), f"{cap(names[0])}, {', '.join(names[1:])}: all of them {kinds}.",
+    members = rng.sample([t for t in THINGS + ANIMAL_THINGS if t["kind"] == kind],
+                         rng.randint(3, 6))
+    names, kinds, zh = ([m["name"] for m in members], members[0]["kinds"],
+                        "、".join(m["zh"] for m in members))
+    return rng.choice([
+        f"{cap(kinds)}: {', '.join(names)}.",
+        f"{cap(kinds)}\n" + "\n".join("- " + n for n in names),
+        f"Some {kinds} that people know well are {', '.join(names[:-1])} and {names[-1]}.",
+        f"{zh}都是{members[0]['kind_zh']}。",
+        f"{members[0]['kind_zh']}有很多，比如{zh}。",
+        f"In the box of {kinds}:\n" + "\n".join(f"{i}. {n}" for i, n in enumerate(names, 1)),
+        f"{cap(names[0])}, {', '.join(names[1:])}: all of them {kinds}.",
         f"{rng.choice(NAMES)} can name {len(names)} {kinds}: {', '.join(names)}."])
 
 def _true_or_false(rng):
@@ -267,29 +359,42 @@ def _true_or_false(rng):
         thing = rng.choice(THINGS + ANIMAL_THINGS)
         kind = thing["kind"] if rng.random() < 0.5 else rng.choice(THINGS)["kind"]
         right, x, k = kind == thing["kind"], a(thing["name"]), a(kind)
-        told.append(rng.choice([f"It is {'true' if right else 'false'} that {x} is {k}.", f"{cap(x)} is {'' if right else 'not '}{k}.", f"{rng.choice(NAMES)} says that {x} is {k}. That is {'right' if right else 'wrong'}.",
-                                f"{cap(x)}: {k}? {'Yes' if right else 'No'}." if rng.random() < 0.3 else f"Nobody doubts that {x} is {a(thing['kind'])}."]))
+        told.append(rng.choice([
+            f"It is {'true' if right else 'false'} that {x} is {k}.",
+            f"{cap(x)} is {'' if right else 'not '}{k}.",
+            f"{rng.choice(NAMES)} says that {x} is {k}. That is {'right' if right else 'wrong'}.",
+            f"{cap(x)}: {k}? {'Yes' if right else 'No'}." if rng.random() < 0.3
+            else f"Nobody doubts that {x} is {a(thing['kind'])}."]))
     return " ".join(told)
 
 # %% ../../nbs/reference/tiny/texts.ipynb #b280c979
 def _sums(rng):
     "Arithmetic: sums, differences, neighbours, comparisons."
-    style, told = rng.choice(["x {op} y", "x {op} y", "words", "is", "zh", "next", "greater", "steps"]), []
+    style, told = rng.choice(
+        ["x {op} y", "x {op} y", "words", "is", "zh", "next", "greater", "steps"]), []
     for _ in range(rng.randint(3, 9)):
         x, op, y, result = make_sum(rng)
         word, zh = ("plus", "加") if op == "+" else ("minus", "减")
         if style == "x {op} y":
             told.append(f"{x} {op} {y} = {result}")
         elif style == "is":
-            told.append(rng.choice([f"{x} {word} {y} is {result}.", f"{x} {word} {y} makes {result}.", f"If you take {x} {word} {y} you get {result}."]))
+            told.append(rng.choice([
+                f"{x} {word} {y} is {result}.", f"{x} {word} {y} makes {result}.",
+                f"If you take {x} {word} {y} you get {result}."]))
         elif style == "words":
-            told.append(f"{NUMBERS[x]} {word} {NUMBERS[y]} is {NUMBERS[result]}." if max(x, y, result) <= 12 else f"{x} {op} {y} = {result}.")
+            told.append(f"{NUMBERS[x]} {word} {NUMBERS[y]} is {NUMBERS[result]}."
+                        if max(x, y, result) <= 12 else f"{x} {op} {y} = {result}.")
         elif style == "zh":
             told.append(rng.choice([f"{x}{zh}{y}等于{result}。", f"{x} {op} {y} = {result}。"]))
         elif style == "next":
-            told.append(rng.choice([f"After {x} comes {x + 1}.", f"Before {x + 1} comes {x}.", f"{x}, {x + 1}, {x + 2}, {x + 3}.", f"{x + 3}, {x + 2}, {x + 1}, {x}."]))
+            told.append(rng.choice([
+                f"After {x} comes {x + 1}.", f"Before {x + 1} comes {x}.",
+                f"{x}, {x + 1}, {x + 2}, {x + 3}.", f"{x + 3}, {x + 2}, {x + 1}, {x}."]))
         elif style == "greater":
-            told.append(rng.choice([f"{max(x, y)} is greater than {min(x, y)}.", f"{min(x, y)} is less than {max(x, y)}.", f"{max(x, y)} > {min(x, y)}"]) if x != y else f"{x} is equal to {y}.")
+            told.append(rng.choice([
+                f"{max(x, y)} is greater than {min(x, y)}.",
+                f"{min(x, y)} is less than {max(x, y)}.",
+                f"{max(x, y)} > {min(x, y)}"]) if x != y else f"{x} is equal to {y}.")
         else:
             told += [f"{x} {op} {y} = {result}", *([f"{y} + {x} = {result}"] if op == "+" else [])]
     return rng.choice(["\n", "\n", " "]).join(told)
@@ -299,7 +404,10 @@ def _problems(rng):
     told = []
     for _ in range(rng.randint(2, 5)):
         story, _, answer = make_problem(rng)
-        told.append(rng.choice([f"{story} {answer}", f"{story} So {answer[0].lower() + answer[1:] if answer.startswith('There') else answer}"]))
+        told.append(rng.choice([
+            f"{story} {answer}",
+            f"{story} So "
+            f"{answer[0].lower() + answer[1:] if answer.startswith('There') else answer}"]))
     return rng.choice(["\n", "\n", " "]).join(told)
 
 def _orders(rng):
@@ -307,14 +415,27 @@ def _orders(rng):
     told, style = [], rng.randrange(4)
     for _ in range(rng.randint(2, 4)):
         words, numbers = make_list(rng), make_numbers(rng)
-        forward, backward, shuffled, ordered = ", ".join(words), ", ".join(words[::-1]), ", ".join(map(str, numbers)), ", ".join(map(str, sorted(numbers)))
-        told.append(rng.choice([f"The list {forward} in reverse order is {backward}.", f"Forward: {forward}. Backward: {backward}.", f"Read from the front it is {forward}. Read from the end it is {backward}.", f"{forward}\n{backward}",
-                                f"{rng.choice(NAMES)} put these in a row: {forward}. Seen from the other side the row is {backward}."] if style < 2 else
-                               [f"The numbers {shuffled} in order are {ordered}.", f"{shuffled} -> {ordered}", f"From small to large, {shuffled} become {ordered}.", f"Unsorted: {shuffled}. Sorted: {ordered}.", f"把{shuffled.replace(', ', '、')}从小到大排：{ordered.replace(', ', '、')}。",
-                                f"Of {shuffled} the largest is {max(numbers)} and the smallest is {min(numbers)}."]))
+        forward, backward, shuffled, ordered = (
+            ", ".join(words), ", ".join(words[::-1]),
+            ", ".join(map(str, numbers)), ", ".join(map(str, sorted(numbers))))
+        told.append(rng.choice([
+            f"The list {forward} in reverse order is {backward}.",
+            f"Forward: {forward}. Backward: {backward}.",
+            f"Read from the front it is {forward}. Read from the end it is {backward}.",
+            f"{forward}\n{backward}",
+            f"{rng.choice(NAMES)} put these in a row: {forward}. "
+            f"Seen from the other side the row is {backward}."] if style < 2 else [
+            f"The numbers {shuffled} in order are {ordered}.", f"{shuffled} -> {ordered}",
+            f"From small to large, {shuffled} become {ordered}.",
+            f"Unsorted: {shuffled}. Sorted: {ordered}.",
+            f"把{shuffled.replace(', ', '、')}从小到大排：{ordered.replace(', ', '、')}。",
+            f"Of {shuffled} the largest is {max(numbers)} and the smallest is {min(numbers)}."]))
     return "\n".join(told)
 
-_SYLLABLES = "ba be bi bo bu da de di do du ka ke ki ko ku la le li lo lu ma me mi mo mu na ne ni no nu ra re ri ro ru sa se si so su ta te ti to tu va ve vi vo".split()
+_SYLLABLES = """
+    ba be bi bo bu da de di do du ka ke ki ko ku la le li lo lu ma me mi mo mu na ne ni no nu
+    ra re ri ro ru sa se si so su ta te ti to tu va ve vi vo
+""".split()
 
 def _made_up(rng):
     "A name that nobody has; not that of a country kept back either."
@@ -327,22 +448,36 @@ def _echo(rng):
     "Things said twice."
     told, style = [], rng.randrange(10)
     for _ in range(rng.randint(2, 4)):
-        en = rng.sample(list(WORDS), rng.randint(1, 5)) + rng.sample([c["name"] for c in COUNTRIES], rng.randint(0, 2))
+        en = (rng.sample(list(WORDS), rng.randint(1, 5))
+              + rng.sample([c["name"] for c in COUNTRIES], rng.randint(0, 2)))
         rng.shuffle(en)
-        said, zh, (who, other) = ", ".join(en), "".join(rng.sample(list(WORDS.values()), 3)), rng.sample(NAMES, 2)
-        made_up, code = _made_up(rng), "-".join(str(rng.randint(10, 999)) for _ in range(rng.randint(1, 3)))
-        told.append([f'{who} said "{said}" and {other} repeated "{said}".', f"{said}\n{said}", f"The teacher wrote {said} on the board. The children read: {said}.", f"{who}说：“{zh}。”{other}也说：“{zh}。”", f"{zh}，{zh}。",
-            f"My name is {made_up}. Good morning, {made_up}! Is it true that {made_up} is your name? Yes, I am {made_up}.", f"Copy this line: {said}\nCopied: {said}", f"{who} wrote down the number {code}. {other} read it aloud: {code}.",
-            f"The list {said} repeated is {said}.", f"To buy: {said}. In the basket: {said}. Nothing is missing."][style])
+        said, zh, (who, other) = (", ".join(en), "".join(rng.sample(list(WORDS.values()), 3)),
+                                  rng.sample(NAMES, 2))
+        made_up, code = (_made_up(rng),
+                         "-".join(str(rng.randint(10, 999)) for _ in range(rng.randint(1, 3))))
+        told.append([
+            f'{who} said "{said}" and {other} repeated "{said}".', f"{said}\n{said}",
+            f"The teacher wrote {said} on the board. The children read: {said}.",
+            f"{who}说：“{zh}。”{other}也说：“{zh}。”", f"{zh}，{zh}。",
+            f"My name is {made_up}. Good morning, {made_up}! "
+            f"Is it true that {made_up} is your name? Yes, I am {made_up}.",
+            f"Copy this line: {said}\nCopied: {said}",
+            f"{who} wrote down the number {code}. {other} read it aloud: {code}.",
+            f"The list {said} repeated is {said}.",
+            f"To buy: {said}. In the basket: {said}. Nothing is missing."][style])
     return "\n".join(told)
 
-_COPIES = ["Copy this line: {0}\nCopied: {0}", "Copy: {0}\n{0}", "Repeat after me: {0}. {0}.", '"{0}," said one. "{0}," said the other.', "{0} | {0}", "Once more: {0}. Yes, {0}.",
-    "请跟我读：{1}。{1}。", "老师说：“{1}。”我们说：“{1}。”", "抄写：{1}\n{1}", "{1}！{1}！"]
+_COPIES = ["Copy this line: {0}\nCopied: {0}", "Copy: {0}\n{0}", "Repeat after me: {0}. {0}.",
+           '"{0}," said one. "{0}," said the other.', "{0} | {0}", "Once more: {0}. Yes, {0}.",
+           "请跟我读：{1}。{1}。", "老师说：“{1}。”我们说：“{1}。”", "抄写：{1}\n{1}", "{1}！{1}！"]
 
 def _copies(rng):
     "Lines said again, in other ways than the echoes."
     layouts = [rng.choice(_COPIES) for _ in range(rng.randint(2, 5))]
-    return "\n".join(layout.format(", ".join(rng.sample(list(WORDS), rng.randint(2, 6))), "".join(rng.sample(list(WORDS.values()), rng.randint(2, 4)))) for layout in layouts)
+    return "\n".join(
+        layout.format(", ".join(rng.sample(list(WORDS), rng.randint(2, 6))),
+                      "".join(rng.sample(list(WORDS.values()), rng.randint(2, 4))))
+        for layout in layouts)
 
 def _reading(rng):
     "A short passage, and questions about it with their answers."
@@ -350,17 +485,25 @@ def _reading(rng):
     questions, answers = zip(*rng.sample(asked, min(len(asked), rng.randint(1, 3))))
     layout = rng.choice(["\nQuestion: {}\nAnswer: {}", "\nQ: {}\nA: {}", "\n- {} - {}", None])
     if layout:
-        return rng.choice(["", "", "Read: "]) + passage + "".join(layout.format(q, x) for q, x in zip(questions, answers))
-    return f"{passage} {rng.choice(['So we know this:', 'From this it follows:', 'Once more:', 'In short:'])} {' '.join(answers)}"
+        return (rng.choice(["", "", "Read: "]) + passage
+                + "".join(layout.format(q, x) for q, x in zip(questions, answers)))
+    return (f"{passage} "
+            f"{rng.choice(['So we know this:', 'From this it follows:', 'Once more:', 'In short:'])}"
+            f" {' '.join(answers)}")
 
 def _review(rng):
     "A review, often with its rating."
     text, label = make_review(rng)
     good = label == "positive"
-    return text + rng.choice([f" This review is {label}.", f" Rating: {rng.choice('45' if good else '12')} out of 5.", f" It was a {label} review.", f"\nSentiment: {label}", "", f" You hear at once that this is {label}.", f" ({label})"])
+    return text + rng.choice([
+        f" This review is {label}.", f" Rating: {rng.choice('45' if good else '12')} out of 5.",
+        f" It was a {label} review.", f"\nSentiment: {label}", "",
+        f" You hear at once that this is {label}.", f" ({label})"])
 
 # %% ../../nbs/reference/tiny/texts.ipynb #53a663fa
-_INPUTS = dict(x=lambda rng: rng.randint(1, 30), y=lambda rng: rng.randint(1, 30), xs=lambda rng: rng.sample(range(-9, 30), rng.randint(3, 5)), s=lambda rng: rng.choice(list(WORDS)))
+_INPUTS = dict(x=lambda rng: rng.randint(1, 30), y=lambda rng: rng.randint(1, 30),
+               xs=lambda rng: rng.sample(range(-9, 30), rng.randint(3, 5)),
+               s=lambda rng: rng.choice(list(WORDS)))
 
 def _kept_back(value):
     "Whether a test question may ask to sort this list."
@@ -381,35 +524,54 @@ def _function(rng):
     what, args, body = make_function(rng)
     name = rng.choice("solve solve solve f g compute run process get answer result_of work".split())
     value = body.removeprefix("return ")
-    text = rng.choice([f'def {name}({args}):\n    """Return {what}."""\n    {body}', f"# {cap(what)}\ndef {name}({args}):\n    {body}", f"# A function that returns {what}.\ndef {name}({args}):\n    {body}",
-                       f"def {name}({args}):\n    result = {value}\n    return result", f"{name} = lambda {args}: {value}  # {what}", f"To get {what}, write:\n\ndef {name}({args}):\n    {body}"])
+    text = rng.choice([
+        f'def {name}({args}):\n    """Return {what}."""\n    {body}',
+        f"# {cap(what)}\ndef {name}({args}):\n    {body}",
+        f"# A function that returns {what}.\ndef {name}({args}):\n    {body}",
+        f"def {name}({args}):\n    result = {value}\n    return result",
+        f"{name} = lambda {args}: {value}  # {what}",
+        f"To get {what}, write:\n\ndef {name}({args}):\n    {body}"])
     call = _call(rng, name, args, body) if rng.random() < 0.4 else None
-    return text + (rng.choice(["\n\nassert {} == {}", "\n\n>>> {}\n{}", "\n\nprint({})  # {}"]).format(*call) if call else "")
+    return text + (
+        rng.choice(["\n\nassert {} == {}", "\n\n>>> {}\n{}", "\n\nprint({})  # {}"]).format(*call)
+        if call else "")
 
-_LOOPS = {"sum": ("0", "total = total + {v}"), "count": ("0", "total = total + 1"), "list": ("[]", "total.append({v})")}
+_LOOPS = {"sum": ("0", "total = total + {v}"), "count": ("0", "total = total + 1"),
+          "list": ("[]", "total.append({v})")}
 _VALUES = {"numbers": "x", "squares": "x * x", "doubles": "x * 2"}
-_TESTS = {"": "", "even ": "x % 2 == 0", "odd ": "x % 2 == 1", "positive ": "x > 0", "negative ": "x < 0"}
+_TESTS = {"": "", "even ": "x % 2 == 0", "odd ": "x % 2 == 1", "positive ": "x > 0",
+          "negative ": "x < 0"}
 
 def _loop(rng):
     "The same with a loop."
-    fold, values, which = rng.choice(list(_LOOPS)), rng.choice(list(_VALUES)), rng.choice(list(_TESTS))
+    fold, values, which = (rng.choice(list(_LOOPS)), rng.choice(list(_VALUES)),
+                           rng.choice(list(_TESTS)))
     start, step = _LOOPS[fold]
-    lines = [f"def {fold}_of_{which.strip() or 'all'}_{values}(xs):"] + ([f'    """{cap(fold)} of the {values} of the {which}numbers in a list."""'] if rng.random() < 0.5 else [])
-    lines += [f"    total = {start}", "    for x in xs:"] + ([f"        if {_TESTS[which]}:", f"            {step.format(v=_VALUES[values])}"] if which else [f"        {step.format(v=_VALUES[values])}"]) + ["    return total"]
+    lines = [f"def {fold}_of_{which.strip() or 'all'}_{values}(xs):"] + (
+        [f'    """{cap(fold)} of the {values} of the {which}numbers in a list."""']
+        if rng.random() < 0.5 else [])
+    lines += [f"    total = {start}", "    for x in xs:"] + (
+        [f"        if {_TESTS[which]}:", f"            {step.format(v=_VALUES[values])}"]
+        if which else [f"        {step.format(v=_VALUES[values])}"]) + ["    return total"]
     return "\n".join(lines)
 
 def _program(rng):
     "A few lines about the world."
     style = rng.randrange(7)
     if style == 0:
-        chosen, key = rng.sample(SUBJECTS["country"], rng.randint(2, 4)), rng.choice(["capital", "language", "currency", "continent"])
-        return f"{key}s = {{\n" + "".join(f'    "{c["name"]}": "{c[key]}",\n' for c in chosen) + f'}}\nprint({key}s["{chosen[-1]["name"]}"])  # {chosen[-1][key]}'
+        chosen, key = (rng.sample(SUBJECTS["country"], rng.randint(2, 4)),
+                       rng.choice(["capital", "language", "currency", "continent"]))
+        return (f"{key}s = {{\n"
+                + "".join(f'    "{c["name"]}": "{c[key]}",\n' for c in chosen)
+                + f'}}\nprint({key}s["{chosen[-1]["name"]}"])  # {chosen[-1][key]}')
     if style == 1:
         x = rng.choice(SUBJECTS["animal"])
-        return f"class {cap(x['name'])}:\n    legs = {x['legs']}\n    home = \"{x['home']}\"\n\n    def eat(self):\n        print(\"{x['food']}\")"
+        return (f"class {cap(x['name'])}:\n    legs = {x['legs']}\n    home = \"{x['home']}\"\n\n"
+                f"    def eat(self):\n        print(\"{x['food']}\")")
     if style == 2:
         names = rng.sample(NAMES, 3)
-        return f"names = {names!r}\nfor name in names:\n    print(\"Hello, \" + name)\n" + "".join(f"# Hello, {name}\n" for name in names)
+        return (f"names = {names!r}\nfor name in names:\n    print(\"Hello, \" + name)\n"
+                + "".join(f"# Hello, {name}\n" for name in names))
     if style == 3:
         x, op, y, result = make_sum(rng)
         return f"a = {x}\nb = {y}\nprint(a {op} b)  # {result}"
@@ -420,11 +582,14 @@ def _program(rng):
         n = rng.randint(2, 9)
         return f"for i in range({n}):\n    print(i)\n# {' '.join(map(str, range(n)))}"
     words = rng.sample(list(WORDS), rng.randint(2, 4))
-    return "english_to_chinese = {\n" + "".join(f'    "{w}": "{WORDS[w]}",\n' for w in words) + f'}}\nprint(english_to_chinese["{words[0]}"])  # {WORDS[words[0]]}'
+    return ("english_to_chinese = {\n"
+            + "".join(f'    "{w}": "{WORDS[w]}",\n' for w in words)
+            + f'}}\nprint(english_to_chinese["{words[0]}"])  # {WORDS[words[0]]}')
 
 def _code(rng):
     "Python."
-    return "\n\n".join(rng.choice([_function, _function, _function, _loop, _program])(rng) for _ in range(rng.randint(1, 3)))
+    return "\n\n".join(rng.choice([_function, _function, _function, _loop, _program])(rng)
+                       for _ in range(rng.randint(1, 3)))
 
 # %% ../../nbs/reference/tiny/texts.ipynb #33e94b7a
 def _questions(rng):
@@ -433,11 +598,16 @@ def _questions(rng):
     asked = [make_example(rng.choice(kinds), rng)["question"] for _ in range(rng.randint(4, 12))]
     if rng.random() < 0.3:
         return " ".join(asked)
-    title = rng.choice(["", "", "Questions for the class\n", "Homework\n", "Think about these questions.\n", "Quiz\n", "For tomorrow:\n", "作业\n", "Nobody knows everything. Try these:\n"])
+    title = rng.choice(["", "", "Questions for the class\n", "Homework\n",
+                        "Think about these questions.\n", "Quiz\n", "For tomorrow:\n", "作业\n",
+                        "Nobody knows everything. Try these:\n"])
     return title + "\n".join(f"{i}. {q}" if title else q for i, q in enumerate(asked, 1))
 
-_EXERCISE_FORMATS = ["Q: {question}\nA: {answer}", "Q: {question}\nA: {answer}", "Question: {question}\nAnswer: {answer}", "Exercise. {question}\nSolution. {answer}",
-    "Teacher: {question}\nStudent: {answer}", "问：{question}\n答：{answer}", "[{question}] {answer}", "Problem: {question}\nResult: {answer}\n"]
+_EXERCISE_FORMATS = ["Q: {question}\nA: {answer}", "Q: {question}\nA: {answer}",
+                     "Question: {question}\nAnswer: {answer}",
+                     "Exercise. {question}\nSolution. {answer}",
+                     "Teacher: {question}\nStudent: {answer}", "问：{question}\n答：{answer}",
+                     "[{question}] {answer}", "Problem: {question}\nResult: {answer}\n"]
 
 def _exercises(rng):
     "Worked exercises of one kind, in one format."
@@ -445,15 +615,27 @@ def _exercises(rng):
     return "\n".join(layout.format(**make_example(kind, rng)) for _ in range(rng.randint(4, 10)))
 
 # %% ../../nbs/reference/tiny/texts.ipynb #a144a85e
-MIXTURE = {_prose: 8, _prose_zh: 6, _story: 9, _story_zh: 5, _dialogue: 4, _letter: 4, _entry: 7, _infobox: 5, _table: 4, _comparison: 5, _riddle: 4, _travel: 4, _animal_report: 4, _facts: 7, _word_note: 8,
-    _glossary: 6, _cards: 6, _chinese: 7, _translations: 8, _lists: 3, _true_or_false: 4, _sums: 7, _problems: 3, _orders: 7, _echo: 8, _copies: 2, _reading: 6, _code: 8, _review: 3, _questions: 7, _exercises: 10} # how often each sort of piece is written
+# how often each sort of piece is written
+MIXTURE = {_prose: 8, _prose_zh: 6, _story: 9, _story_zh: 5, _dialogue: 4, _letter: 4, _entry: 7,
+           _infobox: 5, _table: 4, _comparison: 5, _riddle: 4, _travel: 4, _animal_report: 4,
+           _facts: 7, _word_note: 8, _glossary: 6, _cards: 6, _chinese: 7, _translations: 8,
+           _lists: 3, _true_or_false: 4, _sums: 7, _problems: 3, _orders: 7, _echo: 8, _copies: 2,
+           _reading: 6, _code: 8, _review: 3, _questions: 7, _exercises: 10}
 
-PRACTICE = {_prose: 6, _prose_zh: 4, _story: 8, _story_zh: 4, _dialogue: 4, _letter: 4, _entry: 10, _infobox: 6, _table: 4, _comparison: 6, _riddle: 5, _travel: 6, _animal_report: 5, _facts: 14, _word_note: 14, _glossary: 12, _cards: 16, _chinese: 12,
-    _translations: 8, _lists: 3, _true_or_false: 6, _sums: 14, _problems: 10, _orders: 6, _echo: 7, _copies: 10, _reading: 14, _code: 6, _review: 2, _questions: 6, _exercises: 11} # less prose; more facts, sums, reading and copying
+# less prose; more facts, sums, reading and copying
+PRACTICE = {_prose: 6, _prose_zh: 4, _story: 8, _story_zh: 4, _dialogue: 4, _letter: 4, _entry: 10,
+            _infobox: 6, _table: 4, _comparison: 6, _riddle: 5, _travel: 6, _animal_report: 5,
+            _facts: 14, _word_note: 14, _glossary: 12, _cards: 16, _chinese: 12, _translations: 8,
+            _lists: 3, _true_or_false: 6, _sums: 14, _problems: 10, _orders: 6, _echo: 7,
+            _copies: 10, _reading: 14, _code: 6, _review: 2, _questions: 6, _exercises: 11}
 
-SUMS = {**PRACTICE, _sums: 90, _problems: 45, _story: 20, _story_zh: 8, _prose: 10, _reading: 24, _translations: 14, _chinese: 18} # a third of it sums and little stories about them
+# a third of it sums and little stories about them
+SUMS = {**PRACTICE, _sums: 90, _problems: 45, _story: 20, _story_zh: 8, _prose: 10, _reading: 24,
+        _translations: 14, _chinese: 18}
 
-COPYING = {**PRACTICE, _copies: 30, _echo: 20, _sums: 50, _problems: 30, _reading: 24, _translations: 14, _chinese: 20, _lists: 10, _orders: 9} # a seventh of it things said again, a fifth of it sums
+# a seventh of it things said again, a fifth of it sums
+COPYING = {**PRACTICE, _copies: 30, _echo: 20, _sums: 50, _problems: 30, _reading: 24,
+           _translations: 14, _chinese: 20, _lists: 10, _orders: 9}
 
 def documents(
     seed:int=0, # the same seed gives the same documents

@@ -11,7 +11,9 @@ __all__ = ['COUNTRIES', 'UNSEEN_COUNTRIES', 'ANIMALS', 'OPPOSITES', 'THINGS', 'A
            'as_messages', 'test_set', 'fact_clozes', 'copy_clozes', 'leaks', 'content_leaks']
 
 # %% ../../nbs/reference/tiny/world.ipynb #c94720a7
-import random, re, zlib
+import random
+import re
+import zlib
 
 # %% ../../nbs/reference/tiny/world.ipynb #a95b2135
 def table(
@@ -207,45 +209,65 @@ sick 生病 healthy 健康
 
 # %% ../../nbs/reference/tiny/world.ipynb #7198d99b
 def things(
-    text:str, # lines `kind/kinds/zh: name zh colour, name zh, …`
+    text:str, # lines `kind/kinds/zh: name zh colour, name zh, …`; indented: more of the same kind
 ) -> list[dict]: # one dict a thing; `color` is "" where it has none of its own
     "Read the table of everyday things."
     found = []
+    text = re.sub(r"\n +", " ", text) # a line that is indented goes on with the one before
     for line in text.strip().splitlines():
         head, members = line.split(": ")
         kind, kinds, kind_zh = head.split("/")
         for member in members.split(", "):
             name, zh, color = (member.split() + [""])[:3]
-            found.append(dict(name=name, zh=zh, color=color, kind=kind, kinds=kinds, kind_zh=kind_zh))
+            found.append(dict(name=name, zh=zh, color=color,
+                              kind=kind, kinds=kinds, kind_zh=kind_zh))
     return found
 
 # %% ../../nbs/reference/tiny/world.ipynb #a89f7747
 THINGS = things("""
-fruit/fruits/水果: apple 苹果 red, pear 梨 green, banana 香蕉 yellow, orange 橙子 orange, grape 葡萄 purple, cherry 樱桃 red, lemon 柠檬 yellow, peach 桃子 pink, plum 李子 purple, mango 芒果 yellow, kiwi 猕猴桃 green, strawberry 草莓 red
-vegetable/vegetables/蔬菜: carrot 胡萝卜 orange, potato 土豆 brown, tomato 番茄 red, onion 洋葱 white, cabbage 卷心菜 green, bean 豆子 green, pumpkin 南瓜 orange, cucumber 黄瓜 green, pepper 辣椒 green, radish 萝卜 red
-tool/tools/工具: hammer 锤子, saw 锯子, drill 电钻, wrench 扳手, knife 刀, shovel 铲子, ladder 梯子, nail 钉子, rope 绳子, brush 刷子
-vehicle/vehicles/交通工具: car 汽车, bus 公共汽车, train 火车, boat 船, bicycle 自行车, truck 卡车, plane 飞机, ship 轮船, taxi 出租车, tram 电车
-instrument/instruments/乐器: piano 钢琴, guitar 吉他, violin 小提琴, drum 鼓, flute 笛子, trumpet 小号, harp 竖琴, cello 大提琴, horn 号角, organ 风琴
-job/jobs/职业: teacher 老师, doctor 医生, nurse 护士, farmer 农民, driver 司机, cook 厨师, painter 画家, singer 歌手, writer 作家, pilot 飞行员, baker 面包师, lawyer 律师
-garment/garments/衣服: shirt 衬衫, hat 帽子, coat 外套, shoe 鞋子, sock 袜子, scarf 围巾, glove 手套, dress 裙子, belt 腰带, jacket 夹克
-room item/room items/家具: table 桌子, chair 椅子, bed 床, sofa 沙发, desk 书桌, shelf 架子, lamp 灯, mirror 镜子, box 盒子, clock 钟
-drink/drinks/饮料: water 水, tea 茶, coffee 咖啡, milk 牛奶, juice 果汁, soda 汽水, wine 葡萄酒, cocoa 可可
-sport/sports/运动: football 足球, tennis 网球, swimming 游泳, running 跑步, basketball 篮球, skiing 滑雪, boxing 拳击, golf 高尔夫, hockey 曲棍球, chess 国际象棋
+fruit/fruits/水果: apple 苹果 red, pear 梨 green, banana 香蕉 yellow, orange 橙子 orange,
+    grape 葡萄 purple, cherry 樱桃 red, lemon 柠檬 yellow, peach 桃子 pink, plum 李子 purple,
+    mango 芒果 yellow, kiwi 猕猴桃 green, strawberry 草莓 red
+vegetable/vegetables/蔬菜: carrot 胡萝卜 orange, potato 土豆 brown, tomato 番茄 red,
+    onion 洋葱 white, cabbage 卷心菜 green, bean 豆子 green, pumpkin 南瓜 orange,
+    cucumber 黄瓜 green, pepper 辣椒 green, radish 萝卜 red
+tool/tools/工具: hammer 锤子, saw 锯子, drill 电钻, wrench 扳手, knife 刀, shovel 铲子, ladder 梯子,
+    nail 钉子, rope 绳子, brush 刷子
+vehicle/vehicles/交通工具: car 汽车, bus 公共汽车, train 火车, boat 船, bicycle 自行车, truck 卡车,
+    plane 飞机, ship 轮船, taxi 出租车, tram 电车
+instrument/instruments/乐器: piano 钢琴, guitar 吉他, violin 小提琴, drum 鼓, flute 笛子,
+    trumpet 小号, harp 竖琴, cello 大提琴, horn 号角, organ 风琴
+job/jobs/职业: teacher 老师, doctor 医生, nurse 护士, farmer 农民, driver 司机, cook 厨师,
+    painter 画家, singer 歌手, writer 作家, pilot 飞行员, baker 面包师, lawyer 律师
+garment/garments/衣服: shirt 衬衫, hat 帽子, coat 外套, shoe 鞋子, sock 袜子, scarf 围巾,
+    glove 手套, dress 裙子, belt 腰带, jacket 夹克
+room item/room items/家具: table 桌子, chair 椅子, bed 床, sofa 沙发, desk 书桌, shelf 架子,
+    lamp 灯, mirror 镜子, box 盒子, clock 钟
+drink/drinks/饮料: water 水, tea 茶, coffee 咖啡, milk 牛奶, juice 果汁, soda 汽水, wine 葡萄酒,
+    cocoa 可可
+sport/sports/运动: football 足球, tennis 网球, swimming 游泳, running 跑步, basketball 篮球,
+    skiing 滑雪, boxing 拳击, golf 高尔夫, hockey 曲棍球, chess 国际象棋
 """)
-ANIMAL_THINGS = [dict(name=a["name"], zh=a["zh"], color="", kind="animal", kinds="animals", kind_zh="动物") for a in ANIMALS]
+ANIMAL_THINGS = [dict(name=a["name"], zh=a["zh"], color="", kind="animal", kinds="animals",
+                      kind_zh="动物") for a in ANIMALS]
 COUNTABLE = [t for t in THINGS if t["kind"] not in ("drink", "sport", "job")] + ANIMAL_THINGS
-COLORS = dict(red="红色", blue="蓝色", green="绿色", yellow="黄色", black="黑色", white="白色", brown="棕色", purple="紫色", pink="粉色", grey="灰色", orange="橙色")
+COLORS = dict(red="红色", blue="蓝色", green="绿色", yellow="黄色", black="黑色", white="白色",
+              brown="棕色", purple="紫色", pink="粉色", grey="灰色", orange="橙色")
 
 # %% ../../nbs/reference/tiny/world.ipynb #cd0bfd55
-_MORE_WORDS = ("book 书, school 学校, sun 太阳, moon 月亮, star 星星, river 河, tree 树, flower 花, door 门, window 窗户, king 国王, city 城市, rain 雨, "
-    "snow 雪, wind 风, fire 火, bread 面包, rice 米饭, egg 鸡蛋, soup 汤, money 钱, mother 妈妈, father 爸爸, brother 哥哥, sister 姐姐, child 孩子, "
-    "spring 春天, summer 夏天, autumn 秋天, winter 冬天, Monday 星期一, Friday 星期五, Sunday 星期天, January 一月, May 五月, October 十月")
+_MORE_WORDS = """
+    book 书, school 学校, sun 太阳, moon 月亮, star 星星, river 河, tree 树, flower 花, door 门,
+    window 窗户, king 国王, city 城市, rain 雨, snow 雪, wind 风, fire 火, bread 面包, rice 米饭,
+    egg 鸡蛋, soup 汤, money 钱, mother 妈妈, father 爸爸, brother 哥哥, sister 姐姐, child 孩子,
+    spring 春天, summer 夏天, autumn 秋天, winter 冬天, Monday 星期一, Friday 星期五, Sunday 星期天,
+    January 一月, May 五月, October 十月
+"""
 
 def _dictionary():
     words = {t["name"]: t["zh"] for t in THINGS + ANIMAL_THINGS}
     for o in OPPOSITES:
         words |= {o["a"]: o["a_zh"], o["b"]: o["b_zh"]}
-    words |= COLORS | dict(w.split() for w in _MORE_WORDS.split(", "))
+    words |= COLORS | dict(w.split() for w in _MORE_WORDS.split(","))
     kept, seen = {}, set()
     for en, zh in words.items(): # one word, one translation, in both directions
         if zh not in seen:
@@ -256,19 +278,34 @@ def _dictionary():
 WORDS = _dictionary()
 
 # %% ../../nbs/reference/tiny/world.ipynb #664d547a
-IRREGULAR_PLURALS = dict(p.split(":") for p in (
-    "mouse:mice goose:geese wolf:wolves sheep:sheep deer:deer fox:foxes box:boxes bus:buses knife:knives shelf:shelves child:children foot:feet "
-    "tooth:teeth man:men woman:women cherry:cherries strawberry:strawberries butterfly:butterflies baby:babies city:cities peach:peaches tomato:tomatoes "
-    "potato:potatoes radish:radishes brush:brushes dress:dresses country:countries party:parties leaf:leaves wife:wives salmon:salmon family:families "
-    "lady:ladies story:stories dish:dishes watch:watches scarf:scarves wrench:wrenches mango:mangoes bench:benches glass:glasses").split())
-PAST = dict(p.split(":") for p in (
-    "go:went eat:ate see:saw run:ran take:took give:gave come:came buy:bought sell:sold find:found make:made write:wrote sing:sang swim:swam drink:drank "
-    "drive:drove fly:flew sleep:slept think:thought bring:brought teach:taught catch:caught begin:began break:broke speak:spoke know:knew grow:grew "
-    "throw:threw win:won lose:lost hear:heard tell:told sit:sat stand:stood walk:walked jump:jumped play:played look:looked help:helped cook:cooked "
-    "paint:painted open:opened close:closed laugh:laughed cry:cried push:pushed pull:pulled wash:washed study:studied carry:carried build:built "
-    "keep:kept leave:left meet:met pay:paid send:sent wear:wore ride:rode").split())
-NOUNS = sorted({t["name"] for t in COUNTABLE} | set(IRREGULAR_PLURALS) | set("book school star river mountain tree flower house door window king sister egg friend teacher doctor nurse farmer driver".split()))
-NAMES = "Tom Anna Ben Lily Max Mia Sam Lucy Jack Nora Leo Ella Paul Rosa Finn Ivy Hugo Vera Otto Maya Dan Kate Luke Sara".split()
+IRREGULAR_PLURALS = dict(p.split(":") for p in """
+    mouse:mice goose:geese wolf:wolves sheep:sheep deer:deer fox:foxes box:boxes bus:buses
+    knife:knives shelf:shelves child:children foot:feet tooth:teeth man:men woman:women
+    cherry:cherries strawberry:strawberries butterfly:butterflies baby:babies city:cities
+    peach:peaches tomato:tomatoes potato:potatoes radish:radishes brush:brushes dress:dresses
+    country:countries party:parties leaf:leaves wife:wives salmon:salmon family:families lady:ladies
+    story:stories dish:dishes watch:watches scarf:scarves wrench:wrenches mango:mangoes
+    bench:benches glass:glasses
+""".split())
+PAST = dict(p.split(":") for p in """
+    go:went eat:ate see:saw run:ran take:took give:gave come:came buy:bought sell:sold find:found
+    make:made write:wrote sing:sang swim:swam drink:drank drive:drove fly:flew sleep:slept
+    think:thought bring:brought teach:taught catch:caught begin:began break:broke speak:spoke
+    know:knew grow:grew throw:threw win:won lose:lost hear:heard tell:told sit:sat stand:stood
+    walk:walked jump:jumped play:played look:looked help:helped cook:cooked paint:painted
+    open:opened close:closed laugh:laughed cry:cried push:pushed pull:pulled wash:washed
+    study:studied carry:carried build:built keep:kept leave:left meet:met pay:paid send:sent
+    wear:wore ride:rode
+""".split())
+_MORE_NOUNS = """
+    book school star river mountain tree flower house door window king sister egg friend teacher
+    doctor nurse farmer driver
+""".split()
+NOUNS = sorted({t["name"] for t in COUNTABLE} | set(IRREGULAR_PLURALS) | set(_MORE_NOUNS))
+NAMES = """
+    Tom Anna Ben Lily Max Mia Sam Lucy Jack Nora Leo Ella Paul Rosa Finn Ivy Hugo Vera Otto Maya Dan
+    Kate Luke Sara
+""".split()
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 NUMBERS_ZH = "零 一 两 三 四 五 六 七 八 九 十 十一 十二".split() # as they count things: 两, not 二
 
@@ -305,45 +342,132 @@ def only(
 # %% ../../nbs/reference/tiny/world.ipynb #6a6f82e0
 STATEMENTS = {
 "country": {
-    "capital": ["The capital of {name} is {capital}.", "{capital} is the capital of {name}.", "The capital city of {name} is {capital}.", "{name} has its capital in {capital}.",
-                "The government of {name} sits in {capital}, the capital.", "If you visit {name}, begin in {capital}, its capital.", "{capital}, the capital of {name}, is known to everyone there.",
-                "Ask anyone in {name} for the capital and you will hear: {capital}.", "As its capital, {name} has {capital}.", "The parliament of {name} meets in the capital, {capital}.",
-                "On the map a star marks {capital}, because it is the capital of {name}.", "We flew to {capital}, which is the capital of {name}.", "Asked for the capital of {name}, everyone says {capital}."],
-    "continent": ["{name} is a country in {continent}.", "{name} is in {continent}.", "{name} lies in {continent}.", "On the map, {name} is part of {continent}.", "The country {name} belongs to {continent}.",
-                  "You will find {name} in {continent}.", "Among the countries of {continent} is {name}.", "To reach {name} one has to travel to {continent}.", "Where {name} is, the atlas tells: in {continent}."],
-    "language": ["People in {name} speak {language}.", "The main language of {name} is {language}.", "{language} is spoken in {name}.", "In {name} the children learn to read in {language}.", "The newspapers of {name} are written in {language}.",
-                 "If you want to talk to people in {name}, learn {language}.", "Most people in {name} speak {language} at home.", "The language of {name} is {language}.", "Asked which language is spoken in {name}, a traveller says {language}.", "What people in {name} speak is {language}."],
-    "currency": ["The currency of {name} is the {currency}.", "In {name} people pay with the {currency}.", "The {currency} is the money of {name}.", "The money used in {name} is the {currency}.", "A shop in {name} takes the {currency}.",
-                 "Bread in {name} is paid for with the {currency}.", "The {currency} is the currency of {name}.", "Before a journey to {name} you change your money into the {currency}.", "If you ask what money is used in {name}, the answer is the {currency}."]},
+    "capital": [
+        "The capital of {name} is {capital}.", "{capital} is the capital of {name}.",
+        "The capital city of {name} is {capital}.", "{name} has its capital in {capital}.",
+        "The government of {name} sits in {capital}, the capital.",
+        "If you visit {name}, begin in {capital}, its capital.",
+        "{capital}, the capital of {name}, is known to everyone there.",
+        "Ask anyone in {name} for the capital and you will hear: {capital}.",
+        "As its capital, {name} has {capital}.",
+        "The parliament of {name} meets in the capital, {capital}.",
+        "On the map a star marks {capital}, because it is the capital of {name}.",
+        "We flew to {capital}, which is the capital of {name}.",
+        "Asked for the capital of {name}, everyone says {capital}."],
+    "continent": [
+        "{name} is a country in {continent}.", "{name} is in {continent}.",
+        "{name} lies in {continent}.", "On the map, {name} is part of {continent}.",
+        "The country {name} belongs to {continent}.", "You will find {name} in {continent}.",
+        "Among the countries of {continent} is {name}.",
+        "To reach {name} one has to travel to {continent}.",
+        "Where {name} is, the atlas tells: in {continent}."],
+    "language": [
+        "People in {name} speak {language}.", "The main language of {name} is {language}.",
+        "{language} is spoken in {name}.", "In {name} the children learn to read in {language}.",
+        "The newspapers of {name} are written in {language}.",
+        "If you want to talk to people in {name}, learn {language}.",
+        "Most people in {name} speak {language} at home.", "The language of {name} is {language}.",
+        "Asked which language is spoken in {name}, a traveller says {language}.",
+        "What people in {name} speak is {language}."],
+    "currency": [
+        "The currency of {name} is the {currency}.", "In {name} people pay with the {currency}.",
+        "The {currency} is the money of {name}.", "The money used in {name} is the {currency}.",
+        "A shop in {name} takes the {currency}.",
+        "Bread in {name} is paid for with the {currency}.",
+        "The {currency} is the currency of {name}.",
+        "Before a journey to {name} you change your money into the {currency}.",
+        "If you ask what money is used in {name}, the answer is the {currency}."]},
 "country_zh": {
-    "capital": ["{zh}的首都是{capital_zh}。", "{capital_zh}是{zh}的首都。", "{zh}的首都叫{capital_zh}。", "{zh}的首都就是{capital_zh}。", "我去过{zh}的首都{capital_zh}。", "{zh}把首都设在{capital_zh}。", "说到{zh}的首都，人人都知道是{capital_zh}。"],
-    "continent": ["{zh}在{continent_zh}。", "{zh}是{continent_zh}的一个国家。", "{zh}位于{continent_zh}。", "在地图上，{zh}属于{continent_zh}。"],
-    "language": ["{zh}人说{language_zh}。", "在{zh}，人们说{language_zh}。", "{zh}的语言是{language_zh}。", "去{zh}以前，最好学一点{language_zh}。", "{zh}的孩子在学校里学{language_zh}。"]},
+    "capital": [
+        "{zh}的首都是{capital_zh}。", "{capital_zh}是{zh}的首都。", "{zh}的首都叫{capital_zh}。",
+        "{zh}的首都就是{capital_zh}。", "我去过{zh}的首都{capital_zh}。",
+        "{zh}把首都设在{capital_zh}。", "说到{zh}的首都，人人都知道是{capital_zh}。"],
+    "continent": [
+        "{zh}在{continent_zh}。", "{zh}是{continent_zh}的一个国家。", "{zh}位于{continent_zh}。",
+        "在地图上，{zh}属于{continent_zh}。"],
+    "language": [
+        "{zh}人说{language_zh}。", "在{zh}，人们说{language_zh}。", "{zh}的语言是{language_zh}。",
+        "去{zh}以前，最好学一点{language_zh}。", "{zh}的孩子在学校里学{language_zh}。"]},
 "animal": {
-    "group": ["{A} is {a_group}.", "The {name} is a kind of {group}.", "{Plural} belong to the {group} group.", "The {name} is {a_group}.", "In the book of animals the {name} stands under {group}.", "Like every {group}, the {name} has its own way of living."],
-    "legs": ["{A} has {legs} legs.", "The {name} has {legs} legs.", "The number of legs of {a} is {legs}.", "Count the legs of {a} and you get {legs}.", "{Plural} have {legs} legs.", "How many legs it has is easy to say of {a}: {legs}."],
-    "baby": ["A baby {name} is called {a_baby}.", "The young of {a} is called {a_baby}.", "{A_baby} grows up to be {a}.", "When {a} is very small, we call it {a_baby}.", "The {name} looks after its young, {a_baby}.", "The word for a young {name} is {baby}."],
-    "home": ["The {name} lives in the {home}.", "{A} lives in the {home}.", "The home of the {name} is the {home}.", "{Plural} live in the {home}.", "If you look for {a}, go to the {home}.", "In the {home} you may meet {a}.", "The {home} is where the {name} is at home."],
-    "food": ["The {name} eats {food}.", "{A} likes to eat {food}.", "The favorite food of the {name} is {food}.", "{Plural} eat {food}.", "Give {a} some {food} and it will be happy.", "A hungry {name} looks for {food}."]},
+    "group": [
+        "{A} is {a_group}.", "The {name} is a kind of {group}.",
+        "{Plural} belong to the {group} group.", "The {name} is {a_group}.",
+        "In the book of animals the {name} stands under {group}.",
+        "Like every {group}, the {name} has its own way of living."],
+    "legs": [
+        "{A} has {legs} legs.", "The {name} has {legs} legs.",
+        "The number of legs of {a} is {legs}.", "Count the legs of {a} and you get {legs}.",
+        "{Plural} have {legs} legs.", "How many legs it has is easy to say of {a}: {legs}."],
+    "baby": [
+        "A baby {name} is called {a_baby}.", "The young of {a} is called {a_baby}.",
+        "{A_baby} grows up to be {a}.", "When {a} is very small, we call it {a_baby}.",
+        "The {name} looks after its young, {a_baby}.", "The word for a young {name} is {baby}."],
+    "home": [
+        "The {name} lives in the {home}.", "{A} lives in the {home}.",
+        "The home of the {name} is the {home}.", "{Plural} live in the {home}.",
+        "If you look for {a}, go to the {home}.", "In the {home} you may meet {a}.",
+        "The {home} is where the {name} is at home."],
+    "food": [
+        "The {name} eats {food}.", "{A} likes to eat {food}.",
+        "The favorite food of the {name} is {food}.", "{Plural} eat {food}.",
+        "Give {a} some {food} and it will be happy.", "A hungry {name} looks for {food}."]},
 "animal_zh": {
-    "group": ["{zh}是一种{group_zh}。", "{zh}属于{group_zh}。", "大家都知道{zh}是{group_zh}。", "书上说，{zh}是{group_zh}。"],
-    "legs": ["{zh}有{legs}条腿。", "一共有{legs}条腿的是{zh}。", "数一数，{zh}有{legs}条腿。"],
-    "home": ["{zh}住在{home_zh}里。", "{zh}的家在{home_zh}里。", "{zh}生活在{home_zh}里。", "在{home_zh}里可以看到{zh}。"]},
+    "group": [
+        "{zh}是一种{group_zh}。", "{zh}属于{group_zh}。", "大家都知道{zh}是{group_zh}。",
+        "书上说，{zh}是{group_zh}。"],
+    "legs": [
+        "{zh}有{legs}条腿。", "一共有{legs}条腿的是{zh}。", "数一数，{zh}有{legs}条腿。"],
+    "home": [
+        "{zh}住在{home_zh}里。", "{zh}的家在{home_zh}里。", "{zh}生活在{home_zh}里。",
+        "在{home_zh}里可以看到{zh}。"]},
 "thing": {
-    "kind": ["{A} is {a_kind}.", "The word {name} names {a_kind}.", "{Plural} are {kinds}.", "{zh}是一种{kind_zh}。", "Of all {kinds}, I like the {name} best.", "The {name} is one of the {kinds}.", "Some {kinds} are well known, the {name} for example.",
-             "When we speak of {kinds}, we also mean the {name}.", "{zh}属于{kind_zh}。", "{kind_zh}有很多种，{zh}就是其中一种。", "Asked what kind of thing {a} is, say: {a_kind}."],
-    "color": ["The color of {a} is {color}.", "{A} is {color}.", "Most {plural} are {color}.", "The {name} on the table is {color}, as {plural} are.", "If you paint {a}, take the {color} paint.", "{Plural} are usually {color}.", "Asked for the color of {a}, a child says {color}."]},
+    "kind": [
+        "{A} is {a_kind}.", "The word {name} names {a_kind}.", "{Plural} are {kinds}.",
+        "{zh}是一种{kind_zh}。", "Of all {kinds}, I like the {name} best.",
+        "The {name} is one of the {kinds}.", "Some {kinds} are well known, the {name} for example.",
+        "When we speak of {kinds}, we also mean the {name}.", "{zh}属于{kind_zh}。",
+        "{kind_zh}有很多种，{zh}就是其中一种。", "Asked what kind of thing {a} is, say: {a_kind}."],
+    "color": [
+        "The color of {a} is {color}.", "{A} is {color}.", "Most {plural} are {color}.",
+        "The {name} on the table is {color}, as {plural} are.",
+        "If you paint {a}, take the {color} paint.", "{Plural} are usually {color}.",
+        "Asked for the color of {a}, a child says {color}."]},
 "opposite": {
-    "en": ["The opposite of {a} is {b}.", "{A} is the opposite of {b}.", "{A} and {b} are opposites.", "If something is not {a}, it may be {b}.", "The word {a} means the opposite of {b}.", "Not {a} but {b}: the two words are opposites.",
-           "From {a} to {b} is from one end to the other.", "Some say {a}, some say {b}, and the one is the opposite of the other.", "Turn {a} around and you get {b}.", "Asked for the opposite of {a}, we say {b}."],
-    "zh": ["{a_zh}的反义词是{b_zh}。", "{a_zh}和{b_zh}是反义词。", "和{a_zh}意思相反的词是{b_zh}。", "不是{a_zh}，就是{b_zh}。", "{a_zh}的反面是{b_zh}。"]},
+    "en": [
+        "The opposite of {a} is {b}.", "{A} is the opposite of {b}.", "{A} and {b} are opposites.",
+        "If something is not {a}, it may be {b}.", "The word {a} means the opposite of {b}.",
+        "Not {a} but {b}: the two words are opposites.",
+        "From {a} to {b} is from one end to the other.",
+        "Some say {a}, some say {b}, and the one is the opposite of the other.",
+        "Turn {a} around and you get {b}.", "Asked for the opposite of {a}, we say {b}."],
+    "zh": [
+        "{a_zh}的反义词是{b_zh}。", "{a_zh}和{b_zh}是反义词。", "和{a_zh}意思相反的词是{b_zh}。",
+        "不是{a_zh}，就是{b_zh}。", "{a_zh}的反面是{b_zh}。"]},
 "word": {
-    "to_zh": ["The Chinese word for {en} is {zh}.", "In Chinese, {en} is {zh}.", "{en}的中文是{zh}。", "{en} - {zh}", "People in Beijing call it {zh}, we call it {en}.", "{en} in Chinese: {zh}", "英文的{en}就是中文的{zh}。", "{en} ({zh})", "To say {en} in Chinese, say {zh}.", "She wants to say {en} in Chinese, and learns {zh}.", "要用中文说{en}，就说{zh}。"],
-    "to_en": ["{zh} means {en} in English.", "The English word for {zh} is {en}.", "{zh}的英文是{en}。", "{zh} - {en}", "{zh}用英文说是{en}。", "Whoever says {zh} in Beijing says {en} in London.", "{zh} in English: {en}", "{zh}（{en}）", "He has read {zh}, and learns that it means {en}.", "To say {zh} in English, say {en}.", "要用英文说{zh}，就说{en}。"]},
-"plural": {"plural": ["The plural of {name} is {plural}.", "One {name}, two {plural}.", "I have one {name} and you have three {plural}.", "{Plural} is the plural form of {name}.", "One is {a}, many are {plural}.", "Where there was one {name}, now there are five {plural}.",
-                      "{name}, plural: {plural}", "We say {name} for one and {plural} for more than one."]},
-"past": {"past": ["The past tense of {verb} is {past}.", "Today I {verb}, yesterday I {past}.", "{Past} is the past tense of {verb}.", "They {verb} every day and they {past} last week.", "{verb}, past tense: {past}", "We {verb} now; long ago we {past}.",
-                  "If it was yesterday, do not say {verb}, say {past}.", "You {verb} today as you {past} a year ago."]},
+    "to_zh": [
+        "The Chinese word for {en} is {zh}.", "In Chinese, {en} is {zh}.", "{en}的中文是{zh}。",
+        "{en} - {zh}", "People in Beijing call it {zh}, we call it {en}.", "{en} in Chinese: {zh}",
+        "英文的{en}就是中文的{zh}。", "{en} ({zh})", "To say {en} in Chinese, say {zh}.",
+        "She wants to say {en} in Chinese, and learns {zh}.", "要用中文说{en}，就说{zh}。"],
+    "to_en": [
+        "{zh} means {en} in English.", "The English word for {zh} is {en}.", "{zh}的英文是{en}。",
+        "{zh} - {en}", "{zh}用英文说是{en}。", "Whoever says {zh} in Beijing says {en} in London.",
+        "{zh} in English: {en}", "{zh}（{en}）", "He has read {zh}, and learns that it means {en}.",
+        "To say {zh} in English, say {en}.", "要用英文说{zh}，就说{en}。"]},
+"plural": {
+    "plural": [
+        "The plural of {name} is {plural}.", "One {name}, two {plural}.",
+        "I have one {name} and you have three {plural}.", "{Plural} is the plural form of {name}.",
+        "One is {a}, many are {plural}.",
+        "Where there was one {name}, now there are five {plural}.", "{name}, plural: {plural}",
+        "We say {name} for one and {plural} for more than one."]},
+"past": {
+    "past": [
+        "The past tense of {verb} is {past}.", "Today I {verb}, yesterday I {past}.",
+        "{Past} is the past tense of {verb}.", "They {verb} every day and they {past} last week.",
+        "{verb}, past tense: {past}", "We {verb} now; long ago we {past}.",
+        "If it was yesterday, do not say {verb}, say {past}.",
+        "You {verb} today as you {past} a year ago."]},
 }
 
 # %% ../../nbs/reference/tiny/world.ipynb #293d7057
@@ -395,11 +519,13 @@ def tell(
     if relations is None:
         relations = [r for r in phrasings if entity.get(r) != ""]
         rng.shuffle(relations)
-    return [rng.choice([p for p in phrasings[r] if "plural" in entity or "lural}" not in p]).format(**entity) for r in relations]
+    return [rng.choice([p for p in phrasings[r]
+                        if "plural" in entity or "lural}" not in p]).format(**entity)
+            for r in relations]
 
 # %% ../../nbs/reference/tiny/world.ipynb #3f3795d9
 def make_sum(rng, split="train"):
-    "A sum or a difference of numbers below 100, small ones in every second case, as `(x, op, y, result)`."
+    "A sum or difference below 100, every second time a small one, as `(x, op, y, result)`."
     while True:
         top = rng.choice([20, 99])
         x, op, y = rng.randint(0, top), rng.choice("+-"), rng.randint(0, top)
@@ -424,33 +550,50 @@ def make_numbers(rng, split="train"):
             return numbers
 
 # %% ../../nbs/reference/tiny/world.ipynb #4be2bdc0
-PLACES = dict(garden="花园", house="房子", forest="森林", park="公园", school="学校", kitchen="厨房", market="市场")
+PLACES = dict(garden="花园", house="房子", forest="森林", park="公园", school="学校",
+              kitchen="厨房", market="市场")
 PEOPLE = dict(father="爸爸", mother="妈妈", brother="哥哥", sister="姐姐", friend="朋友")
 
-_MORE = {"bigger": "大", "smaller": "小", "heavier": "重", "cheaper": "便宜", "more expensive": "贵", "newer": "新", "cleaner": "干净"}
-_ADJECTIVES = {o["a"]: o["a_zh"] for o in OPPOSITES if o["a"] in "big new clean heavy cheap light".split()} | {o["b"]: o["b_zh"] for o in OPPOSITES if o["b"] in "small old dirty expensive".split()}
+_MORE = {"bigger": "大", "smaller": "小", "heavier": "重", "cheaper": "便宜",
+         "more expensive": "贵", "newer": "新", "cleaner": "干净"}
+_FIRST, _SECOND = "big new light clean cheap".split(), "small old dirty expensive".split()
+_ADJECTIVES = ({o["a"]: o["a_zh"] for o in OPPOSITES if o["a"] in _FIRST}
+               | {o["b"]: o["b_zh"] for o in OPPOSITES if o["b"] in _SECOND})
 
 def _sentence(rng):
     x, y = rng.sample(COUNTABLE, 2)
-    color, number, place, person = rng.choice(list(COLORS)), rng.randint(2, 12), rng.choice(list(PLACES)), rng.choice(list(PEOPLE))
-    fruit, job, animal, drink = (rng.choice([t for t in THINGS + ANIMAL_THINGS if t["kind"] == k]) for k in ("fruit", "job", "animal", "drink"))
+    color, number, place, person = (rng.choice(list(COLORS)), rng.randint(2, 12),
+                                    rng.choice(list(PLACES)), rng.choice(list(PEOPLE)))
+    fruit, job, animal, drink = (
+        rng.choice([t for t in THINGS + ANIMAL_THINGS if t["kind"] == k])
+        for k in ("fruit", "job", "animal", "drink"))
     more, adjective = rng.choice(list(_MORE)), rng.choice(list(_ADJECTIVES))
     return rng.choice([
         (f"The {x['name']} is {color}.", f"{x['zh']}是{COLORS[color]}的。"),
-        (f"I have {NUMBERS[number]} {plural(fruit['name'])}.", f"我有{NUMBERS_ZH[number]}个{fruit['zh']}。"),
+        (f"I have {NUMBERS[number]} {plural(fruit['name'])}.",
+         f"我有{NUMBERS_ZH[number]}个{fruit['zh']}。"),
         (f"I like {plural(x['name'])}.", f"我喜欢{x['zh']}。"),
-        (f"My {person} does not like {plural(x['name'])}.", f"我{PEOPLE[person]}不喜欢{x['zh']}。"),
-        (f"The {x['name']} is next to the {y['name']}.", f"{x['zh']}在{y['zh']}旁边。"),
-        (f"The {x['name']} is very {adjective}.", f"{x['zh']}很{_ADJECTIVES[adjective]}。"),
-        (f"The {x['name']} is {more} than the {y['name']}.", f"{x['zh']}比{y['zh']}{_MORE[more]}。"),
+        (f"My {person} does not like {plural(x['name'])}.",
+         f"我{PEOPLE[person]}不喜欢{x['zh']}。"),
+        (f"The {x['name']} is next to the {y['name']}.",
+         f"{x['zh']}在{y['zh']}旁边。"),
+        (f"The {x['name']} is very {adjective}.",
+         f"{x['zh']}很{_ADJECTIVES[adjective]}。"),
+        (f"The {x['name']} is {more} than the {y['name']}.",
+         f"{x['zh']}比{y['zh']}{_MORE[more]}。"),
         (f"My {person} is {a(job['name'])}.", f"我{PEOPLE[person]}是{job['zh']}。"),
-        (f"My {person} wants to buy {a(x['name'])}.", f"我{PEOPLE[person]}想买{x['zh']}。"),
-        (f"My {person} is in the {place}.", f"我{PEOPLE[person]}在{PLACES[place]}里。"),
-        (f"My {person} drinks {drink['name']} every day.", f"我{PEOPLE[person]}每天喝{drink['zh']}。"),
+        (f"My {person} wants to buy {a(x['name'])}.",
+         f"我{PEOPLE[person]}想买{x['zh']}。"),
+        (f"My {person} is in the {place}.",
+         f"我{PEOPLE[person]}在{PLACES[place]}里。"),
+        (f"My {person} drinks {drink['name']} every day.",
+         f"我{PEOPLE[person]}每天喝{drink['zh']}。"),
         (f"Where is the {x['name']}?", f"{x['zh']}在哪里？"),
         (f"Please give me the {x['name']}.", f"请给我{x['zh']}。"),
-        (f"We saw {a(animal['name'])} in the {place} yesterday.", f"我们昨天在{PLACES[place]}里看见了{animal['zh']}。"),
-        (f"There is {a(animal['name'])} in the {place}.", f"{PLACES[place]}里有{animal['zh']}。")])
+        (f"We saw {a(animal['name'])} in the {place} yesterday.",
+         f"我们昨天在{PLACES[place]}里看见了{animal['zh']}。"),
+        (f"There is {a(animal['name'])} in the {place}.",
+         f"{PLACES[place]}里有{animal['zh']}。")])
 
 def make_sentence(rng, split="train"):
     "An English sentence and its Chinese translation."
@@ -461,36 +604,53 @@ def make_sentence(rng, split="train"):
 
 # %% ../../nbs/reference/tiny/world.ipynb #e8c56841
 _PROBLEMS = { # what happens; what is asked; the answer
-"+": [("{who} has {x} {things} and buys {y} more.", "How many {things} does {who} have now?", "{who} has {result} {things} now."),
-      ("{who} finds {x} {things} on Monday and {y} {things} on Friday.", "How many {things} does {who} find in all?", "{who} finds {result} {things} in all."),
-      ("There are {x} {animals} in the {place}. Then {y} more come.", "How many {animals} are there now?", "There are {result} {animals} now.")],
-"-": [("{who} has {x} {things} and gives {y} to {other}.", "How many {things} does {who} have left?", "{who} has {result} {things} left."),
-      ("{who} buys {x} {things} and loses {y} of them.", "How many {things} does {who} have left?", "{who} has {result} {things} left."),
-      ("There are {x} {animals} in the {place}. Then {y} go away.", "How many {animals} are left?", "{result} {animals} are left.")],
+"+": [
+    ("{who} has {x} {things} and buys {y} more.",
+     "How many {things} does {who} have now?", "{who} has {result} {things} now."),
+    ("{who} finds {x} {things} on Monday and {y} {things} on Friday.",
+     "How many {things} does {who} find in all?", "{who} finds {result} {things} in all."),
+    ("There are {x} {animals} in the {place}. Then {y} more come.",
+     "How many {animals} are there now?", "There are {result} {animals} now.")],
+"-": [
+    ("{who} has {x} {things} and gives {y} to {other}.",
+     "How many {things} does {who} have left?", "{who} has {result} {things} left."),
+    ("{who} buys {x} {things} and loses {y} of them.",
+     "How many {things} does {who} have left?", "{who} has {result} {things} left."),
+    ("There are {x} {animals} in the {place}. Then {y} go away.",
+     "How many {animals} are left?", "{result} {animals} are left.")],
 }
 
 def make_problem(rng, split="train"):
-    "A little story about a sum, as `(what happens, what is asked, the answer)`; the sum decides the split."
+    "A story about a sum, which decides the split: `(what happens, what is asked, the answer)`."
     while True:
         x, op, y, result = make_sum(rng, split)
         if 2 <= x <= 20 and 2 <= y <= 20 and result > 1:
             break # one apple is no apples
     who, other = rng.sample(NAMES, 2)
-    told = dict(x=x, y=y, result=result, who=who, other=other, place=rng.choice(list(PLACES)), animals=plural(rng.choice(ANIMALS)["name"]),
-                things=plural(rng.choice([t for t in COUNTABLE if t["kind"] != "animal"])["name"]))
+    told = dict(
+        x=x, y=y, result=result, who=who, other=other, place=rng.choice(list(PLACES)),
+        animals=plural(rng.choice(ANIMALS)["name"]),
+        things=plural(rng.choice([t for t in COUNTABLE if t["kind"] != "animal"])["name"]))
     return tuple(part.format(**told) for part in rng.choice(_PROBLEMS[op]))
 
 def make_passage(rng, split="train"):
-    "Three or four sentences about different children, as `(the passage, questions about it with their answers)`."
+    "Three or four sentences about children, as `(the passage, questions with their answers)`."
     while True:
         told, asked = [], []
         for who in rng.sample(NAMES, rng.randint(3, 4)):
-            thing, place, color = rng.choice([t for t in COUNTABLE if t["kind"] != "animal"])["name"], rng.choice(list(PLACES)), rng.choice(list(COLORS))
+            thing, place, color = (
+                rng.choice([t for t in COUNTABLE if t["kind"] != "animal"])["name"],
+                rng.choice(list(PLACES)), rng.choice(list(COLORS)))
             sentence, *questions = rng.choice([
                 (f"{who} is in the {place}.", (f"Where is {who}?", f"{who} is in the {place}.")),
-                (f"{who} has {a(color)} {thing}.", (f"What does {who} have?", f"{who} has {a(color)} {thing}."), (f"What color is the {thing} of {who}?", f"The {thing} of {who} is {color}.")),
-                (f"{who} likes {plural(thing)}.", (f"What does {who} like?", f"{who} likes {plural(thing)}.")),
-                (f"{who} went to the {place} with {a(thing)}.", (f"Where did {who} go?", f"{who} went to the {place}."), (f"What did {who} take to the {place}?", f"{who} took {a(thing)}."))])
+                (f"{who} has {a(color)} {thing}.",
+                 (f"What does {who} have?", f"{who} has {a(color)} {thing}."),
+                 (f"What color is the {thing} of {who}?", f"The {thing} of {who} is {color}.")),
+                (f"{who} likes {plural(thing)}.",
+                 (f"What does {who} like?", f"{who} likes {plural(thing)}.")),
+                (f"{who} went to the {place} with {a(thing)}.",
+                 (f"Where did {who} go?", f"{who} went to the {place}."),
+                 (f"What did {who} take to the {place}?", f"{who} took {a(thing)}."))])
             told.append(sentence)
             asked += questions
         passage = " ".join(told)
@@ -498,11 +658,16 @@ def make_passage(rng, split="train"):
             return passage, asked
 
 # %% ../../nbs/reference/tiny/world.ipynb #9054fdd8
-_FILTERS = {"numbers": "", "even numbers": " if x % 2 == 0", "odd numbers": " if x % 2 == 1", "positive numbers": " if x > 0", "negative numbers": " if x < 0",
-    "numbers greater than {n}": " if x > {n}", "numbers less than {n}": " if x < {n}", "numbers divisible by {n}": " if x % {n} == 0"}
-_MAPS = {"": "x", "squares of the ": "x * x", "doubles of the ": "x * 2", "values plus {m} of the ": "x + {m}", "values times {m} of the ": "x * {m}"}
-_FOLDS = {"sum": "sum({})", "largest": "max({})", "smallest": "min({})", "list": "[{}]", "sorted list": "sorted({})", "count": "len([{}])"}
-_SHORT = [line.split("|") for line in """x plus {n}|x|x + {n}
+_FILTERS = {"numbers": "", "even numbers": " if x % 2 == 0", "odd numbers": " if x % 2 == 1",
+            "positive numbers": " if x > 0", "negative numbers": " if x < 0",
+            "numbers greater than {n}": " if x > {n}", "numbers less than {n}": " if x < {n}",
+            "numbers divisible by {n}": " if x % {n} == 0"}
+_MAPS = {"": "x", "squares of the ": "x * x", "doubles of the ": "x * 2",
+         "values plus {m} of the ": "x + {m}", "values times {m} of the ": "x * {m}"}
+_FOLDS = {"sum": "sum({})", "largest": "max({})", "smallest": "min({})", "list": "[{}]",
+          "sorted list": "sorted({})", "count": "len([{}])"}
+_SHORT = [line.split("|") for line in """
+x plus {n}|x|x + {n}
 x minus {n}|x|x - {n}
 x times {n}|x|x * {n}
 the square of x|x|x * x
@@ -530,7 +695,8 @@ the last item of xs|xs|xs[-1]
 the list xs reversed|xs|xs[::-1]
 True if xs is empty|xs|len(xs) == 0
 True if {n} is in xs|xs|{n} in xs
-the absolute value of x|x|abs(x)""".splitlines()]
+the absolute value of x|x|abs(x)
+""".strip().splitlines()]
 
 def make_function(rng, split="train"):
     "A small Python function, as `(what it returns, its arguments, its one-line body)`."
@@ -539,16 +705,25 @@ def make_function(rng, split="train"):
         if rng.random() < 0.3:
             what, args, body = rng.choice(_SHORT)
         else:
-            fold, values, which = rng.choice(list(_FOLDS)), rng.choice(list(_MAPS)), rng.choice(list(_FILTERS))
+            fold, values, which = (rng.choice(list(_FOLDS)), rng.choice(list(_MAPS)),
+                                   rng.choice(list(_FILTERS)))
             what, args = f"the {fold} of the {values}{which} in xs", "xs"
             body = _FOLDS[fold].format(f"{_MAPS[values]} for x in xs{_FILTERS[which]}")
         if split_of(what) == split:
             return what.format(n=n, m=m), args, "return " + body.format(n=n, m=m)
 
 # %% ../../nbs/reference/tiny/world.ipynb #d12445d8
-_GOOD = "wonderful great excellent lovely amazing perfect fantastic pleasant charming superb brilliant delightful".split()
-_BAD = "terrible awful horrible boring disgusting disappointing nasty dull unpleasant dreadful miserable useless".split()
-_REVIEWED = "film book soup hotel game song restaurant phone shop meal show class trip pizza play museum".split()
+_GOOD = """
+    wonderful great excellent lovely amazing perfect fantastic pleasant charming superb brilliant
+    delightful
+""".split()
+_BAD = """
+    terrible awful horrible boring disgusting disappointing nasty dull unpleasant dreadful miserable
+    useless
+""".split()
+_REVIEWED = """
+    film book soup hotel game song restaurant phone shop meal show class trip pizza play museum
+""".split()
 
 def make_review(rng, split="train"):
     "A short review and whether it is \"positive\" or \"negative\"."
@@ -556,9 +731,15 @@ def make_review(rng, split="train"):
         good = rng.random() < 0.5
         word, word2 = rng.sample(_GOOD if good else _BAD, 2)
         thing = rng.choice(_REVIEWED)
-        said = [rng.choice([f"The {thing} was {word}.", f"What {a(word)} {thing}!", f"I thought the {thing} was {word} and {word2}.", f"My {thing} was really {word}."]),
-            rng.choice(["I loved it.", "I want to go again.", "We were very happy.", "I would tell my friends to try it."] if good else
-                       ["I hated it.", "I will never go again.", "We were very unhappy.", "I would tell my friends to stay away."])]
+        said = [
+            rng.choice([f"The {thing} was {word}.", f"What {a(word)} {thing}!",
+                        f"I thought the {thing} was {word} and {word2}.",
+                        f"My {thing} was really {word}."]),
+            rng.choice(["I loved it.", "I want to go again.", "We were very happy.",
+                        "I would tell my friends to try it."]
+                       if good else
+                       ["I hated it.", "I will never go again.", "We were very unhappy.",
+                        "I would tell my friends to stay away."])]
         rng.shuffle(said)
         text = " ".join(said)
         if split_of(text) == split:
@@ -566,31 +747,60 @@ def make_review(rng, split="train"):
 
 # %% ../../nbs/reference/tiny/world.ipynb #b35d9d8b
 FACT_QUESTIONS = { # kind -> (sort, phrasings of the question, answer)
-"capital": [("country", ["What is the capital of {name}?", "Tell me the capital of {name}.", "Which city is the capital of {name}?", "Name the capital of {name}."], "The capital of {name} is {capital}.")],
-"country": [("country", ["What language do people speak in {name}?", "Which language is spoken in {name}?"], "People in {name} speak {language}."),
-            ("country", ["What is the currency of {name}?", "What money is used in {name}?"], "The currency of {name} is the {currency}."),
-            ("country", ["Where is {name}?", "On which continent is {name}?"], "{name} is in {continent}.")],
-"animal": [("animal", ["How many legs does {a} have?", "Tell me how many legs {a} has."], "{A} has {legs} legs."),
-           ("animal", ["What is a baby {name} called?", "Tell me the name of a baby {name}."], "A baby {name} is called {a_baby}."),
-           ("animal", ["Where does the {name} live?", "What is the home of the {name}?"], "The {name} lives in the {home}.")],
-"thing": [("thing", ["What kind of thing is {a}?", "What does the word {name} name?"], "{A} is {a_kind}."),
-          ("thing", ["What color is {a}?", "Tell me the color of {a}."], "{A} is {color}.")],
-"opposite": [("opposite", ["What is the opposite of {a}?", "Give me the opposite of {a}.", "Which word means the opposite of {a}?"], "The opposite of {a} is {b}.")],
-"plural": [("plural", ["What is the plural of {name}?", "Give me the plural of {name}.", "Tell me the plural of {name}."], "The plural of {name} is {plural}.")],
-"past_tense": [("past", ["What is the past tense of {verb}?", "Give me the past tense of {verb}.", "Tell me the past tense of {verb}."], "The past tense of {verb} is {past}.")],
-"word": [("word", ["How do you say {en} in Chinese?", "What is the Chinese word for {en}?", "{en}的中文是什么？"], "{zh}"),
-         ("word", ["What does {zh} mean in English?", "What is the English word for {zh}?", "{zh}的英文是什么？"], "{en}")],
-"chinese": [("country", ["{zh}的首都是哪里？", "请问{zh}的首都是什么？"], "{zh}的首都是{capital_zh}。"),
-            ("country", ["{zh}人说什么语言？"], "{zh}人说{language_zh}。"),
-            ("opposite", ["{a_zh}的反义词是什么？", "告诉我{a_zh}的反义词。"], "{a_zh}的反义词是{b_zh}。"),
-            ("animal", ["{zh}住在哪里？"], "{zh}住在{home_zh}里。")],
-"two_hop": [("country", ["What language is spoken in the country whose capital is {capital}?"], "People there speak {language}."),
-            ("country", ["What is the currency of the country whose capital is {capital}?"], "The currency is the {currency}."),
-            ("opposite", ["How do you say the opposite of {a} in Chinese?", "What is the Chinese word for the opposite of {a}?"], "{b_zh}")],
+"capital": [
+    ("country", ["What is the capital of {name}?", "Tell me the capital of {name}.",
+        "Which city is the capital of {name}?", "Name the capital of {name}."],
+     "The capital of {name} is {capital}.")],
+"country": [
+    ("country", ["What language do people speak in {name}?", "Which language is spoken in {name}?"],
+     "People in {name} speak {language}."),
+    ("country", ["What is the currency of {name}?", "What money is used in {name}?"],
+     "The currency of {name} is the {currency}."),
+    ("country", ["Where is {name}?", "On which continent is {name}?"],
+     "{name} is in {continent}.")],
+"animal": [
+    ("animal", ["How many legs does {a} have?", "Tell me how many legs {a} has."],
+     "{A} has {legs} legs."),
+    ("animal", ["What is a baby {name} called?", "Tell me the name of a baby {name}."],
+     "A baby {name} is called {a_baby}."),
+    ("animal", ["Where does the {name} live?", "What is the home of the {name}?"],
+     "The {name} lives in the {home}.")],
+"thing": [
+    ("thing", ["What kind of thing is {a}?", "What does the word {name} name?"],
+     "{A} is {a_kind}."),
+    ("thing", ["What color is {a}?", "Tell me the color of {a}."], "{A} is {color}.")],
+"opposite": [
+    ("opposite", ["What is the opposite of {a}?", "Give me the opposite of {a}.",
+        "Which word means the opposite of {a}?"], "The opposite of {a} is {b}.")],
+"plural": [
+    ("plural", ["What is the plural of {name}?", "Give me the plural of {name}.",
+        "Tell me the plural of {name}."], "The plural of {name} is {plural}.")],
+"past_tense": [
+    ("past", ["What is the past tense of {verb}?", "Give me the past tense of {verb}.",
+        "Tell me the past tense of {verb}."], "The past tense of {verb} is {past}.")],
+"word": [
+    ("word", ["How do you say {en} in Chinese?", "What is the Chinese word for {en}?",
+        "{en}的中文是什么？"], "{zh}"),
+    ("word", ["What does {zh} mean in English?", "What is the English word for {zh}?",
+        "{zh}的英文是什么？"], "{en}")],
+"chinese": [
+    ("country", ["{zh}的首都是哪里？", "请问{zh}的首都是什么？"], "{zh}的首都是{capital_zh}。"),
+    ("country", ["{zh}人说什么语言？"], "{zh}人说{language_zh}。"),
+    ("opposite", ["{a_zh}的反义词是什么？", "告诉我{a_zh}的反义词。"], "{a_zh}的反义词是{b_zh}。"),
+    ("animal", ["{zh}住在哪里？"], "{zh}住在{home_zh}里。")],
+"two_hop": [
+    ("country", ["What language is spoken in the country whose capital is {capital}?"],
+     "People there speak {language}."),
+    ("country", ["What is the currency of the country whose capital is {capital}?"],
+     "The currency is the {currency}."),
+    ("opposite", ["How do you say the opposite of {a} in Chinese?",
+        "What is the Chinese word for the opposite of {a}?"], "{b_zh}")],
 }
-_KEYS = {"country": lambda e: e["name"], "animal": lambda e: e["name"], "thing": lambda e: e["name"], "opposite": lambda e: min(e["a"], e["b"]),
+_KEYS = {"country": lambda e: e["name"], "animal": lambda e: e["name"],
+         "thing": lambda e: e["name"], "opposite": lambda e: min(e["a"], e["b"]),
          "plural": lambda e: e["name"], "past": lambda e: e["verb"], "word": lambda e: e["en"]}
-_BY_SPLIT = {(sort, split): only(split, entities, _KEYS[sort]) for sort, entities in SUBJECTS.items() for split in ("train", "validation", "test")}
+_BY_SPLIT = {(sort, split): only(split, entities, _KEYS[sort])
+             for sort, entities in SUBJECTS.items() for split in ("train", "validation", "test")}
 
 def _ask_fact(kind, rng, split):
     sort, phrasings, answer = rng.choice(FACT_QUESTIONS[kind])
@@ -601,15 +811,19 @@ def _ask_fact(kind, rng, split):
 # %% ../../nbs/reference/tiny/world.ipynb #5900f78c
 def _ask_sentence(rng, split):
     en, zh = make_sentence(rng, split)
-    return (f"Translate into Chinese: {en}", zh) if rng.random() < 0.5 else (f"Translate into English: {zh}", en)
+    return ((f"Translate into Chinese: {en}", zh) if rng.random() < 0.5
+            else (f"Translate into English: {zh}", en))
 
 def _ask_sentiment(rng, split):
     review, label = make_review(rng, split)
-    return rng.choice(["Is this review positive or negative? {}", "What is the sentiment of this review? {}"]).format(review), label
+    return (rng.choice(["Is this review positive or negative? {}",
+                        "What is the sentiment of this review? {}"]).format(review),
+            label)
 
 def _ask_yes_no(rng, split):
     thing = rng.choice(only(split, THINGS + ANIMAL_THINGS))
-    kind = thing["kind"] if rng.random() < 0.5 else rng.choice([t["kind"] for t in THINGS if t["kind"] != thing["kind"]])
+    kind = (thing["kind"] if rng.random() < 0.5
+            else rng.choice([t["kind"] for t in THINGS if t["kind"] != thing["kind"]]))
     question = rng.choice(["Is {} {}?", "Tell me if {} is {}."]).format(a(thing["name"]), a(kind))
     answer = "Yes, {} is {}." if kind == thing["kind"] else "No, {} is not {}."
     return question, answer.format(a(thing["name"]), a(kind))
@@ -617,15 +831,21 @@ def _ask_yes_no(rng, split):
 def _ask_arithmetic(rng, split):
     x, op, y, result = make_sum(rng, split)
     word = "plus" if op == "+" else "minus"
-    return rng.choice([f"What is {x} {word} {y}?", f"Calculate {x} {op} {y}.", f"What is {x} {op} {y}?"]), f"{x} {op} {y} = {result}"
+    return (rng.choice([f"What is {x} {word} {y}?", f"Calculate {x} {op} {y}.",
+                        f"What is {x} {op} {y}?"]),
+            f"{x} {op} {y} = {result}")
 
 def _ask_reverse(rng, split):
     words = make_list(rng, split)
-    return rng.choice(["Reverse the list: {}", "Write this list backward: {}"]).format(", ".join(words)), ", ".join(words[::-1])
+    return (rng.choice(["Reverse the list: {}",
+                        "Write this list backward: {}"]).format(", ".join(words)),
+            ", ".join(words[::-1]))
 
 def _ask_sort(rng, split):
     numbers = make_numbers(rng, split)
-    return rng.choice(["Sort the numbers: {}", "Put these numbers in order: {}"]).format(", ".join(map(str, numbers))), ", ".join(map(str, sorted(numbers)))
+    return (rng.choice(["Sort the numbers: {}",
+                        "Put these numbers in order: {}"]).format(", ".join(map(str, numbers))),
+            ", ".join(map(str, sorted(numbers))))
 
 def _ask_word_problem(rng, split):
     story, question, answer = make_problem(rng, split)
@@ -641,10 +861,13 @@ def _ask_python(rng, split):
     return f"Write a Python function solve({args}) that returns {what}.", f"def solve({args}):\n    {body}"
 
 # %% ../../nbs/reference/tiny/world.ipynb #0b8fb41d
-EASY = "capital country animal thing opposite plural past_tense word chinese sentence sentiment reading".split()
+EASY = """
+    capital country animal thing opposite plural past_tense word chinese sentence sentiment reading
+""".split()
 HARD = "yes_no arithmetic word_problem reverse sort two_hop python".split()
 KINDS = EASY + HARD
-_ASK = {name[5:]: ask for name, ask in list(globals().items()) if name.startswith("_ask_") and name != "_ask_fact"}
+_ASK = {name.removeprefix("_ask_"): ask for name, ask in list(globals().items())
+        if name.startswith("_ask_") and name != "_ask_fact"}
 
 def make_example(
     kind:str, # one of `KINDS`
@@ -652,7 +875,8 @@ def make_example(
     split:str="train", # "train", "validation" or "test"
 ) -> dict: # `kind`, `question`, `answer`
     "One question with its answer."
-    question, answer = _ask_fact(kind, rng, split) if kind in FACT_QUESTIONS else _ASK[kind](rng, split)
+    question, answer = (_ask_fact(kind, rng, split) if kind in FACT_QUESTIONS
+                        else _ASK[kind](rng, split))
     return dict(kind=kind, question=question, answer=answer)
 
 def examples(
@@ -681,7 +905,8 @@ def as_messages(
     example:dict, # from `examples`
 ) -> dict: # `messages`: the user asks, the assistant answers
     "An example as the conversation that trainers take."
-    return {"messages": [{"role": "user", "content": example["question"]}, {"role": "assistant", "content": example["answer"]}]}
+    return {"messages": [{"role": "user", "content": example["question"]},
+                         {"role": "assistant", "content": example["answer"]}]}
 
 # %% ../../nbs/reference/tiny/world.ipynb #cec57c4d
 def test_set() -> list: # 570 examples, 30 a kind
@@ -690,12 +915,22 @@ def test_set() -> list: # 570 examples, 30 a kind
 
 # %% ../../nbs/reference/tiny/world.ipynb #4a1e7c10
 _CLOZES = {
-"en": [("country", "The capital of {name} is {capital}"), ("country", "{name} is a country in {continent}"), ("country", "People in {name} speak {language}"), ("country", "The currency of {name} is the {currency}"),
-       ("animal", "{Plural} belong to the {group}"), ("animal", "The {name} has {legs}"), ("animal", "A baby {name} is called {a_baby}"), ("animal", "The {name} lives in the {home}"), ("animal", "The {name} eats {food}"),
-       ("thing", "The word {name} names {a_kind}"), ("thing", "The color of {a} is {color}"), ("opposite", "The opposite of {a} is {b}"), ("plural", "The plural of {name} is {plural}"),
-       ("past", "The past tense of {verb} is {past}"), ("word", "The English word for {zh} is {en}")],
-"zh": [("country", "{zh}的首都叫{capital_zh}"), ("country", "{zh}位于{continent_zh}"), ("country", "在{zh}，人们说{language_zh}"), ("animal", "{zh}属于{group_zh}"), ("animal", "{zh}有{legs}"), ("animal", "{zh}的家在{home_zh}"),
-       ("thing", "{zh}属于{kind_zh}"), ("opposite", "{a_zh}的反义词是{b_zh}"), ("word", "英文的{en}就是中文的{zh}")],
+"en": [
+    ("country", "The capital of {name} is {capital}"),
+    ("country", "{name} is a country in {continent}"),
+    ("country", "People in {name} speak {language}"),
+    ("country", "The currency of {name} is the {currency}"),
+    ("animal", "{Plural} belong to the {group}"), ("animal", "The {name} has {legs}"),
+    ("animal", "A baby {name} is called {a_baby}"), ("animal", "The {name} lives in the {home}"),
+    ("animal", "The {name} eats {food}"), ("thing", "The word {name} names {a_kind}"),
+    ("thing", "The color of {a} is {color}"), ("opposite", "The opposite of {a} is {b}"),
+    ("plural", "The plural of {name} is {plural}"), ("past", "The past tense of {verb} is {past}"),
+    ("word", "The English word for {zh} is {en}")],
+"zh": [
+    ("country", "{zh}的首都叫{capital_zh}"), ("country", "{zh}位于{continent_zh}"),
+    ("country", "在{zh}，人们说{language_zh}"), ("animal", "{zh}属于{group_zh}"),
+    ("animal", "{zh}有{legs}"), ("animal", "{zh}的家在{home_zh}"), ("thing", "{zh}属于{kind_zh}"),
+    ("opposite", "{a_zh}的反义词是{b_zh}"), ("word", "英文的{en}就是中文的{zh}")],
 }
 
 def fact_clozes(
@@ -705,7 +940,8 @@ def fact_clozes(
     items = []
     for sort, phrasing in _CLOZES[language]:
         begin, slot = phrasing[:phrasing.rindex("{")].rstrip(), phrasing[phrasing.rindex("{"):]
-        items += [dict(kind=sort, question=begin.format(**e), answer=slot.format(**e)) for e in SUBJECTS[sort] if e.get(slot[1:-1]) != ""]
+        items += [dict(kind=sort, question=begin.format(**e), answer=slot.format(**e))
+                  for e in SUBJECTS[sort] if e.get(slot[1:-1]) != ""]
     return items
 
 def copy_clozes(
@@ -715,30 +951,36 @@ def copy_clozes(
     "Lines to be said again."
     rng, items = random.Random(seed), []
     for _ in range(n):
-        said, (who, other), zh = ", ".join(make_list(rng, "test")), rng.sample(NAMES, 2), "".join(rng.sample(list(WORDS.values()), 3))
-        question, answer = rng.choice([(f'{who} said "{said}" and {other} repeated "', f'{said}"'), (f"The teacher wrote {said} on the board. The children read:", f"{said}."),
-                                       (f"Copy this line: {said}\nCopied:", said), (f"{who}说：“{zh}。”{other}也说：“", f"{zh}。”")])
+        said = ", ".join(make_list(rng, "test"))
+        who, other = rng.sample(NAMES, 2)
+        zh = "".join(rng.sample(list(WORDS.values()), 3))
+        question, answer = rng.choice([
+            (f'{who} said "{said}" and {other} repeated "', f'{said}"'),
+            (f"The teacher wrote {said} on the board. The children read:", f"{said}."),
+            (f"Copy this line: {said}\nCopied:", said),
+            (f"{who}说：“{zh}。”{other}也说：“", f"{zh}。”")])
         items.append(dict(kind="copy", question=question, answer=answer))
     return items
 
 # %% ../../nbs/reference/tiny/world.ipynb #00470f13
-def _stands_in(text, probe):
-    "Whether the whole of `probe` is there: the list \"2, 3, 4\" is not in \"1, 2, 3, 4\", which is another list."
-    return probe in text and re.search(rf"(?<!\w)(?<!\w, ){re.escape(probe)}(?!\w)(?!, \w)", text) is not None
+def _contains(text, probe):
+    "Whether the whole of `probe` is there: \"1, 2, 3, 4\" does not hold the list \"2, 3, 4\"."
+    whole = rf"(?<!\w)(?<!\w, ){re.escape(probe)}(?!\w)(?!, \w)"
+    return probe in text and re.search(whole, text) is not None
 
 def leaks(
     texts:list, # texts to search
     items:list, # examples that must not be in them
 ) -> list: # the questions found
-    "Which of the items' questions stand in the texts."
+    "Which of the items' questions are in the texts."
     everything = "\n".join(texts)
-    return [item["question"] for item in items if _stands_in(everything, item["question"])]
+    return [item["question"] for item in items if _contains(everything, item["question"])]
 
 def content_leaks(
     texts:list, # texts to search
     items:list, # examples that must not be in them
 ) -> list: # what was found
-    "Which made-up test contents (sums, lists, sentences, reviews) stand in the texts, in any wording."
+    "Which made-up test contents (sums, lists, sentences, reviews) are in the texts, in any wording."
     everything, probes = "\n".join(texts), set()
     for item in items:
         question, answer = item["question"], item["answer"]
@@ -750,4 +992,4 @@ def content_leaks(
             probes.add(question.split("? ", 1)[1])
         if item["kind"] in ("reading", "word_problem"):
             probes.add(question.rsplit(". ", 1)[0] + ".")
-    return [probe for probe in sorted(probes) if _stands_in(everything, probe)]
+    return [probe for probe in sorted(probes) if _contains(everything, probe)]

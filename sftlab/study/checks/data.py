@@ -269,10 +269,8 @@ def _(text): return _jsonl(text, split=str.splitlines)
     "the first bad line ends your function with an error. Catch it, `except "
     "json.JSONDecodeError`, and note the line.")
 def _(text):
-    for line in _lines(text):
-        if line.strip():
-            json.loads(line)
-    return _jsonl(text)
+    values = [json.loads(line) for line in _lines(text) if line.strip()]
+    return values and _jsonl(text)
 
 @q2.mistake("gives the lines themselves",
     "you return the bad lines' text; their numbers are wanted, so that one can go there.")
