@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUANT_TYPES', 'quantize_int8', 'dequantize_int8', 'nf4_values', 'code_values', 'nearest', 'scale_blocks', 'Quantized',
            'quantize', 'dequantize', 'dynamic_values', 'quantize_scales', 'dequantize_scales', 'Linear4bit',
-           'quantize_model', 'bits_per_parameter', 'keep_gradients', 'dequantize_model']
+           'quantize_model', 'bits_per_parameter', 'dequantize_model']
 
 # %% ../nbs/08_qlora.ipynb #a405e87d
 from dataclasses import dataclass
@@ -249,16 +249,6 @@ def bits_per_parameter(
     table = pd.DataFrame(rows, index=["parameters", "bytes"]).T
     table["bits a parameter"] = 8 * table["bytes"] / table["parameters"]
     return table
-
-# %% ../nbs/08_qlora.ipynb #60d8caaf
-def keep_gradients(
-    model, # with bitsandbytes' 4-bit layers
-): # the model
-    "Keep bitsandbytes from packing its layers anew on a CPU: no gradient would pass through them."
-    for m in model.modules():
-        if hasattr(m, "support_avx512bf16_for_cpu"):
-            m.support_avx512bf16_for_cpu = False
-    return model
 
 # %% ../nbs/08_qlora.ipynb #06a77352
 def dequantize_model(

@@ -15,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from sftlab import lora
 from sftlab.errors import QuantizationError
-from sftlab.models import load, tiny_path
+from sftlab.models import keep_gradients, load, tiny_path
 from sftlab.quantization import QUANT_TYPES, Linear4bit, bits_per_parameter, code_values, dequantize
 from sftlab.quantization import dequantize_int8, dequantize_model, dequantize_scales, dynamic_values
-from sftlab.quantization import keep_gradients, nearest, nf4_values, quantize, quantize_int8
+from sftlab.quantization import nearest, nf4_values, quantize, quantize_int8
 from sftlab.quantization import quantize_model, quantize_scales, scale_blocks
 from sftlab.training import TrainingConfig, train
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STUB', 'stub', 'notebook_from', 'notebook_text', 'make_notebooks', 'make_nbgrader']
 
-# %% ../../nbs/reference/study/masters.ipynb #f7cdb8ef
+# %% ../../nbs/reference/study/masters.ipynb #2f076fb8
 import hashlib
 import json
 import re
@@ -16,7 +16,7 @@ from ..files.atomic import atomic_file
 from .exercises import OpenQuestion, effort
 from .progress import questions_of
 
-# %% ../../nbs/reference/study/masters.ipynb #139a320e
+# %% ../../nbs/reference/study/masters.ipynb #fb6c6bec
 STUB = "# your code here\n{0}raise NotImplementedError"
 _SOLUTION = re.compile(r"^([ \t]*)# BEGIN SOLUTION\n.*?^[ \t]*# END SOLUTION *$",
                        re.MULTILINE | re.DOTALL)
@@ -25,7 +25,7 @@ def stub(source:str) -> str: # of an answer cell
     "The cell without its solution."
     return _SOLUTION.sub(lambda found: found[1] + STUB.format(found[1]), source)
 
-# %% ../../nbs/reference/study/masters.ipynb #0e430fbf
+# %% ../../nbs/reference/study/masters.ipynb #5cfd5748
 def _cell(kind, source, name, **metadata) -> dict: # `name` makes the id
     name = hashlib.sha256(name.encode()).hexdigest()[:8]
     cell = dict(cell_type=kind, id=name, metadata=metadata, source=source.splitlines(True))
@@ -46,7 +46,7 @@ def _learner_part(name, question, answer) -> list: # `answer` is the source of t
             _cell("code", f"{name}.check({question.name})", f"{key} check"),
             _help(name, question)]
 
-# %% ../../nbs/reference/study/masters.ipynb #7f504970
+# %% ../../nbs/reference/study/masters.ipynb #ee1d9b3c
 def _graded(name, points=0, **kind) -> dict:
     "What nbgrader wants to know of a cell."
     found = dict(schema_version=3, grade_id=name.replace(".", "-"))
@@ -65,7 +65,7 @@ def _graded_part(name, question, answer) -> list:
             _cell("code", answer, f"{key} answer", **_graded(key, solution=True)),
             _cell("code", f"{name}.grade({question.name})", f"{key} check", **grades)]
 
-# %% ../../nbs/reference/study/masters.ipynb #85e6f95b
+# %% ../../nbs/reference/study/masters.ipynb #0aebffaa
 def _with_effort(source, questions): # the heading of a question, with stars and minutes below it
     heading = re.match(r"## (q\d+): .*\n", source)
     if not heading:
@@ -107,7 +107,7 @@ def notebook_from(
     kernel = dict(display_name="python3", language="python", name="python3")
     return dict(cells=made, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
 
-# %% ../../nbs/reference/study/masters.ipynb #6e26eb78
+# %% ../../nbs/reference/study/masters.ipynb #50d60fe1
 def notebook_text(notebook:dict) -> str: # as Jupyter and nbdev write it
     return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
@@ -124,7 +124,7 @@ def make_notebooks(
     found = sorted(Path(masters).glob("*.ipynb"))
     return [_write(Path(to) / m.name, notebook_text(notebook_from(m))) for m in found]
 
-# %% ../../nbs/reference/study/masters.ipynb #eb5b711a
+# %% ../../nbs/reference/study/masters.ipynb #443cd91b
 _CONFIG = '''c = get_config()
 c.CourseDirectory.course_id = "sftlab"
 c.ClearSolutions.code_stub = {"python": "# your code here\\nraise NotImplementedError"}

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from functools import cache
 
 from ..models import tiny_path
-from .world import (
-    ANIMALS, ANIMAL_THINGS, COLORS, COUNTABLE, COUNTRIES, KINDS, NAMES, NUMBERS, OPPOSITES, PLACES,
-    STATEMENTS, SUBJECTS, THINGS, UNSEEN_COUNTRIES, WORDS, a, cap, make_example, make_function,
-    make_list, make_numbers, make_passage, make_problem, make_review, make_sentence, make_sum,
-    plural, split_of, tell)
+from sftlab.tiny.world import (
+    ANIMALS, ANIMAL_THINGS, COUNTABLE, COUNTRIES, KINDS, NAMES, NUMBERS, OPPOSITES, STATEMENTS,
+    SUBJECTS, THINGS, UNSEEN_COUNTRIES, WORDS, a, cap, make_example, make_function, make_list,
+    make_numbers, make_passage, make_problem, make_review, make_sentence, make_sum, plural,
+    split_of, tell)
 
 # %% ../../nbs/reference/tiny/texts.ipynb #c7b75a64
 def expand(
@@ -281,7 +281,7 @@ def _word_note(rng):
                        f"The word of the day is {word}. "]) + " ".join(told[:rng.randint(2, 5)])
 
 def _glossary(rng):
-    "A list of words with their translations, opposites, plurals or past tenses, all written the same way."
+    "Words with their translations, opposites, plurals or past tenses, all in one layout."
     sort = rng.choice(["word", "word", "word", "opposite", "plural", "past"])
     phrasing = rng.choice(sum(STATEMENTS[sort].values(), []))
     return "\n".join(phrasing.format(**entity)
@@ -487,9 +487,10 @@ def _reading(rng):
     if layout:
         return (rng.choice(["", "", "Read: "]) + passage
                 + "".join(layout.format(q, x) for q, x in zip(questions, answers)))
-    return (f"{passage} "
-            f"{rng.choice(['So we know this:', 'From this it follows:', 'Once more:', 'In short:'])}"
-            f" {' '.join(answers)}")
+    return (
+        f"{passage} "
+        f"{rng.choice(['So we know this:', 'From this it follows:', 'Once more:', 'In short:'])} "
+        f"{' '.join(answers)}")
 
 def _review(rng):
     "A review, often with its rating."
@@ -510,7 +511,7 @@ def _kept_back(value):
     return isinstance(value, list) and split_of(",".join(map(str, sorted(value)))) != "train"
 
 def _call(rng, name, args, body):
-    "An example call of a one-line function, and its result; None where it has none, or where it shows a list of another split."
+    "An example call and its result; None where it has none, or shows a list of another split."
     given = {arg: _INPUTS[arg](rng) for arg in args.split(", ")}
     try:
         result = eval(body.removeprefix("return "), dict(given))

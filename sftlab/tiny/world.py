@@ -858,7 +858,8 @@ def _ask_reading(rng, split):
 
 def _ask_python(rng, split):
     what, args, body = make_function(rng, split)
-    return f"Write a Python function solve({args}) that returns {what}.", f"def solve({args}):\n    {body}"
+    return (f"Write a Python function solve({args}) that returns {what}.",
+            f"def solve({args}):\n    {body}")
 
 # %% ../../nbs/reference/tiny/world.ipynb #0b8fb41d
 EASY = """
@@ -980,7 +981,7 @@ def content_leaks(
     texts:list, # texts to search
     items:list, # examples that must not be in them
 ) -> list: # what was found
-    "Which made-up test contents (sums, lists, sentences, reviews) are in the texts, in any wording."
+    "Which made-up contents (sums, lists, sentences, reviews) are in the texts, however worded."
     everything, probes = "\n".join(texts), set()
     for item in items:
         question, answer = item["question"], item["answer"]

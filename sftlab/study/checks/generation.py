@@ -106,8 +106,7 @@ def _(logits, temperature):
 
 # %% ../../../exercises/solutions/01_generation.ipynb #5ccf53df
 def keep_top_p(logits, top_p):
-    """Logits in which each row keeps only its likeliest tokens,
-    with a probability of `top_p` (above 0, up to 1) together."""
+    "Keep each row's likeliest tokens, with a probability of `top_p` (above 0, up to 1) together."
     # BEGIN SOLUTION
     ordered, order = logits.sort(-1, descending=True)
     p = ordered.softmax(-1)

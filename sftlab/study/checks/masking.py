@@ -18,100 +18,154 @@ def _tensor(values):
 def row_labels(ids, parts):
     "A label for each of `ids`."
     # BEGIN SOLUTION
-    learned = [role == "assistant" and kind in ("content", "stop") for role, kind, n in parts for _ in range(n)]
+    learned = []
+    for role, kind, n in parts:
+        learned += [role == "assistant" and kind in ("content", "stop")] * n
     return [token if yes else -100 for token, yes in zip(ids, learned)]
     # END SOLUTION
 
 # %% ../../../exercises/solutions/04_masking.ipynb #d01d6f5c
-q1 = Question("masking.row_labels", "Who wrote this token?", row_labels, stars=1, minutes=8, hints=[
-    "First make a list that says for every *token* whether it is learned: each part gives `n` equal elements.",
-    "Both must be asked, who speaks and what kind it is: the stop token behind a question is not the model's.",
-    "`[… for role, kind, n in parts for _ in range(n)]`, and then `zip` it with the ids."],
-    example=lambda: ([1, 11, 21, 22, 2, 3, 1, 12, 31, 2, 3], [("user", "header", 2), ("user", "content", 2), ("user", "stop", 1), ("user", "tail", 1), ("assistant", "header", 2), ("assistant", "content", 1), ("assistant", "stop", 1), ("assistant", "tail", 1)]))
+q1 = Question("masking.row_labels", "Who wrote this token?", row_labels, stars=1, minutes=8,
+    example=lambda: (
+        [1, 11, 21, 22, 2, 3, 1, 12, 31, 2, 3],
+        [("user", "header", 2), ("user", "content", 2), ("user", "stop", 1), ("user", "tail", 1),
+         ("assistant", "header", 2), ("assistant", "content", 1),
+         ("assistant", "stop", 1), ("assistant", "tail", 1)]),
+    hints=[
+        ("First make a list that says for every *token* whether it is learned: "
+         "each part gives `n` equal elements."),
+        ("Both must be asked, who speaks and what kind it is: "
+         "the stop token behind a question is not the model's."),
+        "`[… for role, kind, n in parts for _ in range(n)]`, and then `zip` it with the ids."])
 
 @q1.inputs
 def _(rng):
+    def one_of(kind): # a token
+        if kind == "header":
+            return rng.choice([1, 11, 12])
+        if kind == "content":
+            return rng.randint(21, 99)
+        return dict(stop=2, tail=3)[kind]
     def talk(*turns, tail=1): # ("user", tokens of content), …
-        parts = [(role, kind, n) for role, content in turns for kind, n in (("header", 2), ("content", content), ("stop", 1), ("tail", tail))]
-        token = dict(header=lambda: rng.choice([1, 11, 12]), content=lambda: rng.randint(21, 99), stop=lambda: 2, tail=lambda: 3)
-        return [token[kind]() for _, kind, n in parts for _ in range(n)], parts
-    n = lambda: rng.randint(1, 4)
-    return [talk(("assistant", n())), talk(("user", n()), ("assistant", n()), tail=0), talk(("user", n()), ("assistant", n()), ("user", n()), ("assistant", n())), talk(("user", 2), ("assistant", 0)),
-            talk(("system", n()), ("user", n()), ("assistant", n()), ("user", n()), ("assistant", n()), ("user", n())), talk(("system", 0), ("user", 1), ("assistant", 3)), talk(("user", n())), ([], [])]
+        parts = []
+        for role, content in turns:
+            kinds = [("header", 2), ("content", content), ("stop", 1), ("tail", tail)]
+            parts += [(role, kind, n) for kind, n in kinds]
+        return [one_of(kind) for _, kind, n in parts for _ in range(n)], parts
+    def n(): return rng.randint(1, 4)
+    return [
+        talk(("assistant", n())),
+        talk(("user", n()), ("assistant", n()), tail=0),
+        talk(("user", n()), ("assistant", n()), ("user", n()), ("assistant", n())),
+        talk(("user", 2), ("assistant", 0)),
+        talk(("system", n()), ("user", n()), ("assistant", n()),
+            ("user", n()), ("assistant", n()), ("user", n())),
+        talk(("system", 0), ("user", 1), ("assistant", 3)),
+        talk(("user", n())),
+        ([], [])]
 
 # %% ../../../exercises/solutions/04_masking.ipynb #3bfad1c7
-def _labels(ids, parts, learned=lambda role, kind: role == "assistant" and kind in ("content", "stop"), nothing=-100):
+def _is_ours(role, kind): return role == "assistant" and kind in ("content", "stop")
+
+def _labels(ids, parts, learned=_is_ours, nothing=-100):
     flags = [learned(role, kind) for role, kind, n in parts for _ in range(n)]
     return [token if flag else nothing for token, flag in zip(ids, flags)]
 
 def _runs(labels): # (start, end) of what is learned
-    edges = [i for i, (a, b) in enumerate(zip([-100, *labels], [*labels, -100])) if (a == -100) != (b == -100)]
+    pairs = enumerate(zip([-100, *labels], [*labels, -100]))
+    edges = [i for i, (before, label) in pairs if (before == -100) != (label == -100)]
     return list(zip(edges[::2], edges[1::2]))
 
-@q1.mistake("the stop token is masked", "the stop token behind an answer is not learned, so the model would never learn to end. It has to write it itself.")
+@q1.mistake("the stop token is masked",
+    "the stop token behind an answer is not learned, so the model would never learn to end. "
+    "It has to write it itself.")
 def _(ids, parts):
     return _labels(ids, parts, lambda role, kind: role == "assistant" and kind == "content")
 
-@q1.mistake("every stop token is learned", "you also learn the stop token behind a question (or a system text). It is the same token, but there the program writes it: look at who speaks.")
+@q1.mistake("every stop token is learned",
+    "you also learn the stop token behind a question (or a system text). "
+    "It is the same token, but there the program writes it: look at who speaks.")
 def _(ids, parts):
-    return _labels(ids, parts, lambda role, kind: role == "assistant" and kind == "content" or kind == "stop")
+    return _labels(ids, parts, lambda role, kind: _is_ours(role, kind) or kind == "stop")
 
-@q1.mistake("the header is learned", "you learn all of the assistant's turn, its header too. The program writes the header, and the model goes on from there.")
+@q1.mistake("the header is learned",
+    "you learn all of the assistant's turn, its header too. "
+    "The program writes the header, and the model goes on from there.")
 def _(ids, parts): return _labels(ids, parts, lambda role, kind: role == "assistant")
 
-@q1.mistake("the tail is learned", "you learn the line end behind the stop token. Once a model has written the stop token, nobody asks it for more.")
+@q1.mistake("the tail is learned",
+    "you learn the line end behind the stop token. "
+    "Once a model has written the stop token, nobody asks it for more.")
 def _(ids, parts):
     return _labels(ids, parts, lambda role, kind: role == "assistant" and kind != "header")
 
-@q1.mistake("0 instead of -100", "what is not learned has the label 0 in your result; 0 is a token, and would be learned. Torch leaves out -100.")
+@q1.mistake("0 instead of -100",
+    "what is not learned has the label 0 in your result; 0 is a token, and would be learned. "
+    "Torch leaves out -100.")
 def _(ids, parts): return _labels(ids, parts, nothing=0)
 
-@q1.mistake("labels are the ids", "your labels are the ids: the question, the headers, all is learned.")
+@q1.mistake("labels are the ids",
+    "your labels are the ids: the question, the headers, all is learned.")
 def _(ids, parts): return list(ids)
 
-@q1.mistake("upside down", "you learn what people and the program write, and mask the answers: the other way round.")
+@q1.mistake("upside down",
+    "you learn what people and the program write, and mask the answers: the other way round.")
 def _(ids, parts):
-    return _labels(ids, parts, lambda role, kind: role != "assistant" or kind not in ("content", "stop"))
+    return _labels(ids, parts, lambda role, kind: not _is_ours(role, kind))
 
 # %% ../../../exercises/solutions/04_masking.ipynb #e4a9be76
-@q1.mistake("shifted", "your labels stand one place too early: you shift them. The model does that itself, and twice is wrong.")
+@q1.mistake("shifted",
+    "your labels stand one place too early: you shift them. "
+    "The model does that itself, and twice is wrong.")
 def _(ids, parts): return (_labels(ids, parts) + [-100])[1:]
 
-@q1.mistake("begins a token late", "the first token of an answer is not learned. It is predicted from the header's last token, by the model's own shift; the labels need not care.")
+@q1.mistake("begins a token late",
+    "the first token of an answer is not learned. It is predicted from the header's last "
+    "token, by the model's own shift; the labels need not care.")
 def _(ids, parts):
     labels = _labels(ids, parts)
     for start, _ in _runs(labels):
         labels[start] = -100
     return labels
 
-@q1.mistake("the last answer alone", "you learn one answer, the last; here every assistant turn is asked for.")
+@q1.mistake("the last answer alone",
+    "you learn one answer, the last; here every assistant turn is asked for.")
 def _(ids, parts):
     labels = _labels(ids, parts)
     start = max((start for start, _ in _runs(labels)), default=0)
     return [-100] * start + labels[start:]
 
-@q1.mistake("the first answer alone", "you stop after the first answer; here every assistant turn is asked for.")
+@q1.mistake("the first answer alone",
+    "you stop after the first answer; here every assistant turn is asked for.")
 def _(ids, parts):
     labels = _labels(ids, parts)
     end = min((end for _, end in _runs(labels)), default=0)
     return labels[:end] + [-100] * (len(ids) - end)
 
-@q1.mistake("all behind the first answer's header", "from the first answer on, you learn all that follows: the next questions too. An answer has an end.")
+@q1.mistake("all behind the first answer's header",
+    "from the first answer on, you learn all that follows: the next questions too. "
+    "An answer has an end.")
 def _(ids, parts):
     start = next((start for start, _ in _runs(_labels(ids, parts))), len(ids))
     return [-100] * start + ids[start:]
 
-@q1.mistake("a mask, not labels", "that is a mask, of 1 and 0. Labels hold the tokens themselves, and -100.")
+@q1.mistake("a mask, not labels",
+    "that is a mask, of 1 and 0. Labels hold the tokens themselves, and -100.")
 def _(ids, parts): return [int(label != -100) for label in _labels(ids, parts)]
 
-@q1.mistake("tokens left out", "your list is shorter than the ids: what is not learned is left out. Each token has a label; the model must still read the question.")
+@q1.mistake("tokens left out",
+    "your list is shorter than the ids: what is not learned is left out. "
+    "Each token has a label; the model must still read the question.")
 def _(ids, parts): return [label for label in _labels(ids, parts) if label != -100]
 
 # %% ../../../exercises/solutions/04_masking.ipynb #c996a7b8
-@q1.mistake("stands still where nothing is learned", "you go on in `ids` only where something is learned, so the answers get tokens from the beginning of the row. Each part takes `n` of them, learned or not.")
+@q1.mistake("stands still where nothing is learned",
+    "you go on in `ids` only where something is learned, so the answers get tokens from the "
+    "beginning of the row. Each part takes `n` of them, learned or not.")
 def _(ids, parts):
     tokens = iter(ids)
-    return [next(tokens) if role == "assistant" and kind in ("content", "stop") else -100 for role, kind, n in parts for _ in range(n)]
+    kinds = [(role, kind) for role, kind, n in parts for _ in range(n)]
+    return [next(tokens) if _is_ours(role, kind) else -100 for role, kind in kinds]
 
 # %% ../../../exercises/solutions/04_masking.ipynb #8f1fe88c
 def batch_labels(input_ids, attention_mask, prompt_lengths):
@@ -124,45 +178,85 @@ def batch_labels(input_ids, attention_mask, prompt_lengths):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/04_masking.ipynb #e1b52358
-q2 = Question("masking.batch_labels", "A batch, padded on either side", batch_labels, stars=2, minutes=15, hints=[
-    "In which column does the answer of a row begin, when three columns of padding stand before its prompt?",
-    "`attention_mask.cumsum(-1)` counts the real tokens of a row, wherever they stand: 0 0 0 1 2 3 …, or 1 2 3 3 3.",
-    "Compare the count with the prompt lengths, as a column: `torch.tensor(prompt_lengths)[:, None]`. Behind the last real token the count is large too, so ask the mask as well."],
-    example=lambda: (_tensor([[5, 6, 7, 8], [0, 0, 9, 4]]), _tensor([[1, 1, 1, 1], [0, 0, 1, 1]]), [2, 1]))
+q2 = Question("masking.batch_labels", "A batch, padded on either side", batch_labels,
+    stars=2, minutes=15,
+    example=lambda: (
+        _tensor([[5, 6, 7, 8], [0, 0, 9, 4]]), _tensor([[1, 1, 1, 1], [0, 0, 1, 1]]), [2, 1]),
+    hints=[
+        ("In which column does the answer of a row begin, "
+         "when three columns of padding stand before its prompt?"),
+        ("`attention_mask.cumsum(-1)` counts the real tokens of a row, wherever they stand: "
+         "0 0 0 1 2 3 …, or 1 2 3 3 3."),
+        ("Compare the count with the prompt lengths, as a column: "
+         "`torch.tensor(prompt_lengths)[:, None]`. Behind the last real token the count is "
+         "large too, so ask the mask as well.")])
 
 @q2.inputs
 def _(rng):
     def batch(side, *rows, pad=0): # (prompt, answer), … in tokens
         width = max(sum(row) for row in rows)
         ids, mask = [], []
-        for prompt, answer in rows:
-            real, n = [rng.randint(4, 99) for _ in range(prompt + answer - 1)] + [pad], width - prompt - answer # rows end in the token that pads
-            ids.append([pad] * n + real if side == "left" else real + [pad] * n)
-            mask.append([0] * n + [1] * len(real) if side == "left" else [1] * len(real) + [0] * n)
+        for row in rows:
+            real = [rng.randint(4, 99) for _ in range(sum(row) - 1)]
+            real.append(pad) # rows end in the token that pads
+            n = width - len(real)
+            if side == "left":
+                ids.append([pad] * n + real)
+                mask.append([0] * n + [1] * len(real))
+            else:
+                ids.append(real + [pad] * n)
+                mask.append([1] * len(real) + [0] * n)
         return _tensor(ids), _tensor(mask), [prompt for prompt, _ in rows]
-    n = lambda: rng.randint(1, 4)
-    return [batch("left", (1, 2)), batch("left", (2, 2), (1, 1)), batch("right", (1, 2), (3, 2)), batch("left", (1, 4), (3, 1), pad=2), batch("right", (4, 2), (2, 3), pad=2), batch("right", (2, 1), (1, 1)),
-            batch("left", (n(), n()), (n(), n()), (n(), 4)), batch("right", (n(), n()), (n(), 5), (n(), n())), batch("left", (0, 2), (3, 2))]
+    def n(): return rng.randint(1, 4)
+    return [
+        batch("left", (1, 2)),
+        batch("left", (2, 2), (1, 1)),
+        batch("right", (1, 2), (3, 2)),
+        batch("left", (1, 4), (3, 1), pad=2),
+        batch("right", (4, 2), (2, 3), pad=2),
+        batch("right", (2, 1), (1, 1)),
+        batch("left", (n(), n()), (n(), n()), (n(), 4)),
+        batch("right", (n(), n()), (n(), 5), (n(), n())),
+        batch("left", (0, 2), (3, 2))]
 
 # %% ../../../exercises/solutions/04_masking.ipynb #8009de12
-def _batch(ids, mask, lengths, learned=lambda nth, mask, n: (mask == 1) & (nth > n), nothing=-100):
+def _answers(nth, mask, n): return (mask == 1) & (nth > n)
+
+def _batch(
+    ids,
+    mask,
+    lengths,
+    learned=_answers, # of the count of real tokens, the mask, and the prompt lengths as a column
+    nothing=-100,
+):
     return ids.where(learned(mask.cumsum(-1), mask, _tensor(lengths)[:, None]), nothing)
 
 def _columns(mask): return _tensor([list(range(mask.shape[1]))] * len(mask))
 
-@q2.mistake("columns from the left", "you count the prompt from column 0. Where padding stands on the left, that masks padding, and learns the prompt: count from the first real token.")
+@q2.mistake("columns from the left",
+    "you count the prompt from column 0. Where padding stands on the left, that masks padding, "
+    "and learns the prompt: count from the first real token.")
 def _(ids, mask, lengths):
     return _batch(ids, mask, lengths, lambda nth, mask, n: (mask == 1) & (_columns(mask) >= n))
 
-@q2.mistake("padding taken to be on the left", "you take it that all padding stands on the left. Where it stands on the right, your cut comes too late: find the first real token.")
+@q2.mistake("padding taken to be on the left",
+    "you take it that all padding stands on the left. Where it stands on the right, "
+    "your cut comes too late: find the first real token.")
 def _(ids, mask, lengths):
-    return _batch(ids, mask, lengths, lambda nth, mask, n: (mask == 1) & (_columns(mask) >= n + mask.shape[1] - mask.sum(-1, keepdim=True)))
+    def learned(nth, mask, n):
+        padding = mask.shape[1] - mask.sum(-1, keepdim=True)
+        return (mask == 1) & (_columns(mask) >= n + padding)
+    return _batch(ids, mask, lengths, learned)
 
-@q2.mistake("one cut for all rows", "you cut every row in the same column, the first row's. Each row has a prompt length of its own.")
+@q2.mistake("one cut for all rows",
+    "you cut every row in the same column, the first row's. "
+    "Each row has a prompt length of its own.")
 def _(ids, mask, lengths):
-    return _batch(ids, mask, lengths, lambda nth, mask, n: (mask == 1) & (_columns(mask) >= n[0]))
+    def learned(nth, mask, n): return (mask == 1) & (_columns(mask) >= n[0])
+    return _batch(ids, mask, lengths, learned)
 
-@q2.mistake("one prompt length for all", "you take the first row's prompt length for all rows. Each row has its own.")
+@q2.mistake("one prompt length for all",
+    "you take the first row's prompt length for all rows. Each row has its own.")
 def _(ids, mask, lengths):
     return _batch(ids, mask, lengths, lambda nth, mask, n: (mask == 1) & (nth > n[0]))
 
@@ -170,38 +264,56 @@ def _(ids, mask, lengths):
 def _(ids, mask, lengths):
     return _batch(ids, mask, lengths, lambda nth, mask, n: (mask == 0) | (nth > n))
 
-@q2.mistake("padding on the right is learned", "the padding on the right is learned: behind the last real token the count is still larger than the prompt. Ask the mask as well.")
+@q2.mistake("padding on the right is learned",
+    "the padding on the right is learned: behind the last real token the count is still larger "
+    "than the prompt. Ask the mask as well.")
 def _(ids, mask, lengths): return _batch(ids, mask, lengths, lambda nth, mask, n: nth > n)
 
-@q2.mistake("padding by its id", "you take every token for padding that has the padding's id. Here each row ends in it, as with `pad_token = eos_token`, and its stop token is lost. Ask the mask.")
+@q2.mistake("padding by its id",
+    "you take every token for padding that has the padding's id. Here each row ends in it, "
+    "as with `pad_token = eos_token`, and its stop token is lost. Ask the mask.")
 def _(ids, mask, lengths):
-    return _batch(ids, mask, lengths, lambda nth, mask, n: (nth > n) & (ids != ids[mask == 0][0]) if (mask == 0).any() else nth > n)
+    def learned(nth, mask, n):
+        padding = ids[mask == 0]
+        return (nth > n) & (ids != padding[0]) if len(padding) else nth > n
+    return _batch(ids, mask, lengths, learned)
 
 # %% ../../../exercises/solutions/04_masking.ipynb #49bf3031
 @q2.mistake("the prompt is learned", "you mask the padding alone; the prompts are learned.")
 def _(ids, mask, lengths): return _batch(ids, mask, lengths, lambda nth, mask, n: mask == 1)
 
-@q2.mistake("0 instead of -100", "what is not learned has the label 0; 0 is a token, and would be learned. Torch leaves out -100.")
+@q2.mistake("0 instead of -100",
+    "what is not learned has the label 0; 0 is a token, and would be learned. "
+    "Torch leaves out -100.")
 def _(ids, mask, lengths): return _batch(ids, mask, lengths, nothing=0)
 
-@q2.mistake("0 at the padding", "the padding has the label 0; 0 is a token, and would be learned. It gets -100, like the prompt.")
+@q2.mistake("0 at the padding",
+    "the padding has the label 0; 0 is a token, and would be learned. "
+    "It gets -100, like the prompt.")
 def _(ids, mask, lengths): return _batch(ids, mask, lengths) * mask
 
-@q2.mistake("begins a token late", "the first token of each answer is masked: one too many (`>=` for `>`, or a shift that the model does itself).")
+@q2.mistake("begins a token late",
+    "the first token of each answer is masked: one too many "
+    "(`>=` for `>`, or a shift that the model does itself).")
 def _(ids, mask, lengths):
     return _batch(ids, mask, lengths, lambda nth, mask, n: (mask == 1) & (nth > n + 1))
 
-@q2.mistake("begins a token early", "the last token of each prompt is learned: the count of real tokens is 1 at the first of them, so `>`, not `>=`.")
+@q2.mistake("begins a token early",
+    "the last token of each prompt is learned: "
+    "the count of real tokens is 1 at the first of them, so `>`, not `>=`.")
 def _(ids, mask, lengths):
     return _batch(ids, mask, lengths, lambda nth, mask, n: (mask == 1) & (nth >= n))
 
-@q2.mistake("shifted", "your labels stand one place too early: you shift them. The model does that itself, and twice is wrong.")
+@q2.mistake("shifted",
+    "your labels stand one place too early: you shift them. "
+    "The model does that itself, and twice is wrong.")
 def _(ids, mask, lengths):
     labels = _batch(ids, mask, lengths).roll(-1, 1)
     labels[:, -1] = -100
     return labels
 
-@q2.mistake("upside down", "the prompts are learned and the answers masked: the other way round.")
+@q2.mistake("upside down",
+    "the prompts are learned and the answers masked: the other way round.")
 def _(ids, mask, lengths):
     return _batch(ids, mask, lengths, lambda nth, mask, n: (mask == 1) & (nth <= n))
 
@@ -216,71 +328,129 @@ def fit(row, max_length, head):
     begins = next(i for i, label in enumerate(labels) if label != -100)
     if begins - head < excess:
         return None
-    return dict(input_ids=ids[:head] + ids[head + excess:], labels=labels[:head] + labels[head + excess:])
+    return dict(
+        input_ids=ids[:head] + ids[head + excess:],
+        labels=labels[:head] + labels[head + excess:])
     # END SOLUTION
 
 # %% ../../../exercises/solutions/04_masking.ipynb #7c74c635
-q3 = Question("masking.fit", "Take it out of the middle", fit, stars=2, minutes=15, hints=[
-    "How many tokens are too many? And how many stand between the head and the answer?",
-    "The answer begins at the first label that is not -100; what lies between can go, `begins - head` tokens.",
-    "`ids[:head] + ids[head + excess:]`, and the labels in the very same way."],
-    example=lambda: (dict(input_ids=[1, 11, 12, 13, 14, 21, 2], labels=[-100, -100, -100, -100, -100, 21, 2]), 5, 1))
+q3 = Question("masking.fit", "Take it out of the middle", fit, stars=2, minutes=15,
+    example=lambda: (
+        dict(
+            input_ids=[1, 11, 12, 13, 14, 21, 2],
+            labels=[-100, -100, -100, -100, -100, 21, 2]),
+        5, 1),
+    hints=[
+        "How many tokens are too many? And how many stand between the head and the answer?",
+        ("The answer begins at the first label that is not -100; "
+         "what lies between can go, `begins - head` tokens."),
+        "`ids[:head] + ids[head + excess:]`, and the labels in the very same way."])
 
 @q3.inputs
 def _(rng):
-    def case(head, middle, answer, tail, room): # in tokens; room: what `max_length` has beyond head, answer and tail
-        ids = [1] * min(head, 1) + [rng.randint(11, 99) for _ in range(head - min(head, 1) + middle + answer - 1)] + [2] + [3] * tail
-        return dict(input_ids=ids, labels=[-100] * (head + middle) + ids[head + middle:head + middle + answer] + [-100] * tail), head + answer + tail + room, head
-    n = lambda: rng.randint(2, 5)
-    return [case(1, 3, 1, 0, 3), case(1, 3, 2, 0, 0), case(2, 3, 2, 1, 1), case(1, 4, 3, 0, -1), case(2, 5, 2, 1, 9), case(0, 4, 2, 1, 2), case(1, 3, 2, 1, -1), case(3, 2, 3, 2, -2),
-            case(n(), 6, n(), 1, rng.randint(1, 5)), case(n(), 6, n(), 0, rng.randint(1, 5)), case(2, 6, n(), 1, 0), case(2, 4, 5, 0, -4), case(1, 4, 3, 0, 3), case(2, 0, 3, 1, -1), case(2, 3, 2, 0, -2), case(3, 2, 2, 1, -4)] # the last two: no room behind the head, or not even for it
+    def case(head, middle, answer, tail, room): # in tokens
+        "`room` is what `max_length` has beyond head, answer and tail."
+        begins, begin = head + middle, [1] * min(head, 1)
+        drawn = [rng.randint(11, 99) for _ in range(begins + answer - len(begin) - 1)]
+        ids = begin + drawn + [2] + [3] * tail
+        labels = [-100] * begins + ids[begins:begins + answer] + [-100] * tail
+        return dict(input_ids=ids, labels=labels), head + answer + tail + room, head
+    def n(): return rng.randint(2, 5)
+    return [
+        case(1, 3, 1, 0, 3),
+        case(1, 3, 2, 0, 0),
+        case(2, 3, 2, 1, 1),
+        case(1, 4, 3, 0, -1),
+        case(2, 5, 2, 1, 9),
+        case(0, 4, 2, 1, 2),
+        case(1, 3, 2, 1, -1),
+        case(3, 2, 3, 2, -2),
+        case(n(), 6, n(), 1, rng.randint(1, 5)),
+        case(n(), 6, n(), 0, rng.randint(1, 5)),
+        case(2, 6, n(), 1, 0),
+        case(2, 4, 5, 0, -4),
+        case(1, 4, 3, 0, 3),
+        case(2, 0, 3, 1, -1),
+        case(2, 3, 2, 0, -2), # no room behind the head
+        case(3, 2, 2, 1, -4)] # or not even for it
 
 # %% ../../../exercises/solutions/04_masking.ipynb #9fe397da
-def _fit(row, max_length, head, cut, labels=None, possible=lambda excess, begins, head: begins - head >= excess, long=lambda excess: excess > 0):
-    ids, excess = row["input_ids"], len(row["input_ids"]) - max_length
-    if not long(excess):
+def _begins(row): # where the answer begins
+    return next(i for i, label in enumerate(row["labels"]) if label != -100)
+
+def _enough(excess, begins, head): return begins - head >= excess
+
+def _fit(
+    row,
+    max_length,
+    head,
+    cut, # what becomes of a list that is too long, by `excess`
+    labels=None, # and of the labels; by default the same
+    possible=_enough, # whether head and answer fit
+):
+    excess = len(row["input_ids"]) - max_length
+    if excess <= 0:
         return row
-    begins = next(i for i, label in enumerate(row["labels"]) if label != -100)
-    if not possible(excess, begins, head):
+    if not possible(excess, _begins(row), head):
         return None
-    return dict(input_ids=cut(ids, excess), labels=(labels or cut)(row["labels"], excess))
+    return dict(
+        input_ids=cut(row["input_ids"], excess),
+        labels=(labels or cut)(row["labels"], excess))
 
 def _middle(head): return lambda values, excess: values[:head] + values[head + excess:]
 
-@q3.mistake("cuts the end", "you cut the end of the row, and with it the answer's end and the stop token. Take out what stands behind the head.")
+@q3.mistake("cuts the end",
+    "you cut the end of the row, and with it the answer's end and the stop token. "
+    "Take out what stands behind the head.")
 def _(row, n, head):
     return _fit(row, n, head, lambda values, excess: values[:n], possible=lambda *_: True)
 
-@q3.mistake("cuts the beginning", "you cut the beginning: the head is lost, and with it the system text. Take out what stands behind it.")
+@q3.mistake("cuts the beginning",
+    "you cut the beginning: the head is lost, and with it the system text. "
+    "Take out what stands behind it.")
 def _(row, n, head): return _fit(row, n, head, lambda values, excess: values[excess:])
 
-@q3.mistake("cuts into the answer", "where head and answer do not fit together, you cut the answer. Give None: an answer without its beginning teaches something false.")
+@q3.mistake("cuts into the answer",
+    "where head and answer do not fit together, you cut the answer. "
+    "Return None: an answer without its beginning teaches something false.")
 def _(row, n, head): return _fit(row, n, head, _middle(head), possible=lambda *_: True)
 
-@q3.mistake("drops what could be saved", "you give None for every row that is too long; most can be saved by taking out some of the prompt.")
+@q3.mistake("drops what could be saved",
+    "you return None for every row that is too long; "
+    "most can be saved by taking out some of the prompt.")
 def _(row, n, head): return _fit(row, n, head, _middle(head), possible=lambda *_: False)
 
-@q3.mistake("takes out too much", "you take out the whole middle of the prompt; take out no more than is necessary.")
+@q3.mistake("takes out too much",
+    "you take out the whole middle of the prompt; take out no more than is necessary.")
 def _(row, n, head):
-    begins = next(i for i, label in enumerate(row["labels"]) if label != -100)
+    begins = _begins(row)
     return _fit(row, n, head, lambda values, excess: values[:head] + values[begins:])
 
-@q3.mistake("takes out the end of the prompt", "you take tokens out right before the answer, and the header of the assistant's turn goes first. Take them out behind the head.")
+@q3.mistake("takes out the end of the prompt",
+    "you take tokens out right before the answer, and the header of the assistant's turn goes "
+    "first. Take them out behind the head.")
 def _(row, n, head):
-    begins = next(i for i, label in enumerate(row["labels"]) if label != -100)
+    begins = _begins(row)
     return _fit(row, n, head, lambda values, excess: values[:begins - excess] + values[begins:])
 
 # %% ../../../exercises/solutions/04_masking.ipynb #550b47c8
-@q3.mistake("labels forgotten", "the ids are shortened and the labels are not: they must have the same length.")
-def _(row, n, head): return _fit(row, n, head, _middle(head), labels=lambda values, excess: values)
+@q3.mistake("labels forgotten",
+    "the ids are shortened and the labels are not: they must have the same length.")
+def _(row, n, head):
+    return _fit(row, n, head, _middle(head), labels=lambda values, excess: values)
 
-@q3.mistake("labels cut elsewhere", "the labels are cut in another place than the ids (at their end), so they stand beside their tokens. Cut both in the same way.")
+@q3.mistake("labels cut elsewhere",
+    "the labels are cut in another place than the ids (at their end), "
+    "so they stand beside their tokens. Cut both in the same way.")
 def _(row, n, head):
     return _fit(row, n, head, _middle(head), labels=lambda values, excess: values[:n])
 
-@q3.mistake("None where it just fits", "where nothing of the middle can stay, head and answer still fit, exactly; you give None.")
+@q3.mistake("None where it just fits",
+    "where nothing of the middle can stay, head and answer still fit, exactly; "
+    "you return None.")
 def _(row, n, head):
-    return _fit(row, n, head, _middle(head), possible=lambda excess, begins, head: begins - head > excess)
+    def possible(excess, begins, head): return begins - head > excess
+    return _fit(row, n, head, _middle(head), possible=possible)
 
 @q3.mistake("a token too many", "your rows are longer than `max_length`, by one.")
 def _(row, n, head):
@@ -290,25 +460,38 @@ def _(row, n, head):
 def _(row, n, head):
     return _fit(row, n, head, lambda values, excess: values[:head] + values[head + excess + 1:])
 
-@q3.mistake("the tail is not counted", "you count the labels that are learned to see whether the answer fits. What follows it, a line end that is not learned, takes room too, and you cut into the answer for it.")
+@q3.mistake("the tail is not counted",
+    "you count the labels that are learned to see whether the answer fits. What follows it, "
+    "a line end that is not learned, takes room too, and you cut into the answer for it.")
 def _(row, n, head):
-    return _fit(row, n, head, _middle(head), possible=lambda *_: head + sum(label != -100 for label in row["labels"]) <= n)
+    learned = sum(label != -100 for label in row["labels"])
+    return _fit(row, n, head, _middle(head), possible=lambda *_: head + learned <= n)
 
-@q3.mistake("the head is not counted", "you see whether the answer fits alone, and forget that the head takes room, too.")
+@q3.mistake("the head is not counted",
+    "you see whether the answer fits alone, and forget that the head takes room, too.")
 def _(row, n, head):
-    return _fit(row, n, head, _middle(head), possible=lambda excess, begins, head: begins >= excess)
+    def possible(excess, begins, head): return begins >= excess
+    return _fit(row, n, head, _middle(head), possible=possible)
 
-@q3.mistake("an empty row", "where it does not fit you give a row with nothing in it; that is a row, and goes into a batch. None was asked for.")
-def _(row, n, head): return _fit(row, n, head, _middle(head)) or dict(input_ids=[], labels=[])
+@q3.mistake("an empty row",
+    "where it does not fit you return a row with nothing in it; "
+    "that is a row, and goes into a batch. None was asked for.")
+def _(row, n, head):
+    return _fit(row, n, head, _middle(head)) or dict(input_ids=[], labels=[])
 
 # %% ../../../exercises/solutions/04_masking.ipynb #652d284d
-@q3.mistake("a slice from behind", "where nothing fits behind the head (`max_length` is `head` or less), a slice such as `values[-room:]` with a room of 0 or less is no longer the end of the row, and you give a row that is too long. Ask first whether it fits.")
+@q3.mistake("a slice from behind",
+    "where nothing fits behind the head (`max_length` is `head` or less), a slice such as "
+    "`values[-room:]` with a room of 0 or less is no longer the end of the row, and you return "
+    "a row that is too long. Ask first whether it fits.")
 def _(row, n, head):
+    def learned(labels): return sum(label != -100 for label in labels)
     if len(row["labels"]) <= n:
         return row
-    learned = lambda labels: sum(label != -100 for label in labels)
     ids, labels = (values[:head] + values[head - n:] for values in row.values())
-    return dict(input_ids=ids, labels=labels) if learned(labels) == learned(row["labels"]) else None
+    if learned(labels) != learned(row["labels"]):
+        return None
+    return dict(input_ids=ids, labels=labels)
 
 # %% ../../../exercises/solutions/04_masking.ipynb #eb9aacd5
 def masked_loss(logits, labels):
@@ -316,77 +499,122 @@ def masked_loss(logits, labels):
     # BEGIN SOLUTION
     targets = labels[:, 1:]
     learned = targets != -100
+    tokens = targets.clamp(min=0) # token 0 where nothing is learned: not counted
     log_p = logits[:, :-1].log_softmax(-1)
-    surprise = -log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0] # where nothing is learned, that of token 0: not counted
+    surprise = -log_p.gather(-1, tokens[..., None])[..., 0]
     return (surprise * learned).sum() / learned.sum().clamp(min=1)
     # END SOLUTION
 
 # %% ../../../exercises/solutions/04_masking.ipynb #c435a485
-q4 = Question("masking.masked_loss", "The loss, by hand", masked_loss, stars=3, minutes=20, hints=[
-    "Shift first: targets are `labels[:, 1:]`, and `logits[:, :-1]` speak of them. From then on, forget the labels.",
-    "`gather` cannot look up -100: put any token in its place (`clamp(min=0)`), and multiply by the mask afterwards.",
-    "Divide once, by the number of *targets* that are not -100 in the whole batch, and by 1 where there are none."],
-    example=lambda: (_tensor([[[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]], [[0.0, 2.0], [1.0, 0.0], [0.0, 0.0]]]), _tensor([[-100, -100, 1], [-100, 1, 0]])))
+q4 = Question("masking.masked_loss", "The loss, by hand", masked_loss, stars=3, minutes=20,
+    example=lambda: (
+        _tensor([
+            [[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]],
+            [[0.0, 2.0], [1.0, 0.0], [0.0, 0.0]]]),
+        _tensor([[-100, -100, 1], [-100, 1, 0]])),
+    hints=[
+        ("Shift first: targets are `labels[:, 1:]`, and `logits[:, :-1]` speak of them. "
+         "From then on, forget the labels."),
+        ("`gather` cannot look up -100: put any token in its place (`clamp(min=0)`), "
+         "and multiply by the mask afterwards."),
+        ("Divide once, by the number of *targets* that are not -100 in the whole batch, "
+         "and by 1 where there are none.")])
 
 @q4.inputs
 def _(rng):
     import torch
     def batch(vocabulary, *masks): # "..xx": two tokens that are left out, two that are learned
-        logits = (3 * torch.randn((len(masks), len(masks[0]), vocabulary), generator=torch.Generator().manual_seed(rng.getrandbits(31)))).round(decimals=2)
-        return logits, _tensor([[rng.randrange(vocabulary) if sign == "x" else -100 for sign in mask] for mask in masks])
-    return [batch(2, ".xx"), batch(3, ".xxx", "...x"), batch(3, "..xx", ".xx."), batch(4, "xxxx", "xxxx"), batch(3, "....", "...."), batch(3, "x...", "x..."), batch(3, ".x.x.x", "..xxx."), batch(5, "xxx..", "..xxx"),
-            batch(4, "..xxx...", ".xxxxxxx", "......x.")]
+        generator = torch.Generator().manual_seed(rng.getrandbits(31))
+        shape = (len(masks), len(masks[0]), vocabulary)
+        logits = (3 * torch.randn(shape, generator=generator)).round(decimals=2)
+        def label(sign): return rng.randrange(vocabulary) if sign == "x" else -100
+        return logits, _tensor([[label(sign) for sign in mask] for mask in masks])
+    return [
+        batch(2, ".xx"),
+        batch(3, ".xxx", "...x"),
+        batch(3, "..xx", ".xx."),
+        batch(4, "xxxx", "xxxx"),
+        batch(3, "....", "...."),
+        batch(3, "x...", "x..."),
+        batch(3, ".x.x.x", "..xxx."),
+        batch(5, "xxx..", "..xxx"),
+        batch(4, "..xxx...", ".xxxxxxx", "......x.")]
 
 # %% ../../../exercises/solutions/04_masking.ipynb #97369c8d
 def _nll(logits, targets):
     return -logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
 
-def _shifted(logits, labels): # surprise of each target, 0 where it is left out; whether it is learned
+def _shifted(logits, labels): # surprise of each target, 0 where it is left out; what is learned
     learned = labels[:, 1:] != -100
     return _nll(logits[:, :-1], labels[:, 1:]) * learned, learned
 
-@q4.mistake("no shift", "you compare the logits at a place with the label at the *same* place. They speak of the next one: shift by one.")
+@q4.mistake("no shift",
+    "you compare the logits at a place with the label at the *same* place. "
+    "They speak of the next one: shift by one.")
 def _(logits, labels):
-    return (_nll(logits, labels) * (learned := labels != -100)).sum() / learned.sum().clamp(min=1)
+    learned = labels != -100
+    return (_nll(logits, labels) * learned).sum() / learned.sum().clamp(min=1)
 
-@q4.mistake("no shift, and NaN", "you compare the logits at a place with the label at the *same* place (shift by one); and where nothing is learned, you divide 0 by 0.")
+@q4.mistake("no shift, and NaN",
+    "you compare the logits at a place with the label at the *same* place (shift by one); "
+    "and where nothing is learned, you divide 0 by 0.")
 def _(logits, labels):
-    return (_nll(logits, labels) * (learned := labels != -100)).sum() / learned.sum()
+    learned = labels != -100
+    return (_nll(logits, labels) * learned).sum() / learned.sum()
 
-@q4.mistake("shifted the wrong way", "you compare logits with the label one place *before*. The logits at i speak of the token at i + 1.")
+@q4.mistake("shifted the wrong way",
+    "you compare logits with the label one place *before*. "
+    "The logits at i speak of the token at i + 1.")
 def _(logits, labels):
-    return (_nll(logits[:, 1:], labels[:, :-1]) * (learned := labels[:, :-1] != -100)).sum() / learned.sum().clamp(min=1)
+    labels = labels[:, :-1]
+    learned = labels != -100
+    return (_nll(logits[:, 1:], labels) * learned).sum() / learned.sum().clamp(min=1)
 
-@q4.mistake("mean of row means", "you take the mean of each row first. Then a token of a short answer weighs more than one of a long answer: sum over the batch, and divide once.")
+@q4.mistake("mean of row means",
+    "you take the mean of each row first. Then a token of a short answer weighs more than one "
+    "of a long answer: sum over the batch, and divide once.")
 def _(logits, labels):
     surprise, learned = _shifted(logits, labels)
     return (surprise.sum(-1) / learned.sum(-1).clamp(min=1)).mean()
 
-@q4.mistake("divided by all places", "you divide by all places, those that are left out included. More padding, and the loss would look better.")
+@q4.mistake("divided by all places",
+    "you divide by all places, those that are left out included. "
+    "More padding, and the loss would look better.")
 def _(logits, labels): return _shifted(logits, labels)[0].mean()
 
-@q4.mistake("NaN where nothing is learned", "where nothing is learned you divide 0 by 0, which is NaN, and a NaN in the loss makes every weight NaN in one step. Give 0.")
+@q4.mistake("NaN where nothing is learned",
+    "where nothing is learned you divide 0 by 0, which is NaN, "
+    "and a NaN in the loss makes every weight NaN in one step. Return 0.")
 def _(logits, labels):
     surprise, learned = _shifted(logits, labels)
     return surprise.sum() / learned.sum()
 
 # %% ../../../exercises/solutions/04_masking.ipynb #56e4b288
-@q4.mistake("the first label is counted", "you divide by the labels that are not -100, where the first label of a row is one: nothing predicts that token. Count the targets after the shift.")
+@q4.mistake("the first label is counted",
+    "you divide by the labels that are not -100, where the first label of a row is one: "
+    "nothing predicts that token. Count the targets after the shift.")
 def _(logits, labels):
     return _shifted(logits, labels)[0].sum() / (labels != -100).sum().clamp(min=1)
 
-@q4.mistake("mask not shifted", "the labels are shifted and the mask is not: it leaves out the wrong places. Make the mask of the targets.")
+@q4.mistake("mask not shifted",
+    "the labels are shifted and the mask is not: it leaves out the wrong places. "
+    "Make the mask of the targets.")
 def _(logits, labels):
     learned = labels[:, :-1] != -100
-    return (_nll(logits[:, :-1], labels[:, 1:]) * learned).sum() / learned.sum().clamp(min=1)
+    surprise = _nll(logits[:, :-1], labels[:, 1:])
+    return (surprise * learned).sum() / learned.sum().clamp(min=1)
 
-@q4.mistake("what is left out counts as token 0", "you replace -100 by 0 and then count these places like the others; 0 is a token. Multiply by the mask.")
+@q4.mistake("what is left out counts as token 0",
+    "you replace -100 by 0 and then count these places like the others; 0 is a token. "
+    "Multiply by the mask.")
 def _(logits, labels): return _nll(logits[:, :-1], labels[:, 1:]).mean()
 
-@q4.mistake("sum instead of mean", "that is the sum; divide by the number of learned tokens.")
+@q4.mistake("sum instead of mean",
+    "that is the sum; divide by the number of learned tokens.")
 def _(logits, labels): return _shifted(logits, labels)[0].sum()
 
-@q4.mistake("divided by the rows", "you divide by the number of rows; divide by the number of learned tokens.")
+@q4.mistake("divided by the rows",
+    "you divide by the number of rows; divide by the number of learned tokens.")
 def _(logits, labels): return _shifted(logits, labels)[0].sum() / len(labels)
 
 @q4.mistake("sign", "a loss is positive: minus the logarithm of a probability.")
@@ -394,23 +622,32 @@ def _(logits, labels):
     surprise, learned = _shifted(logits, labels)
     return -surprise.sum() / learned.sum().clamp(min=1)
 
-@q4.mistake("without softmax", "you take the logits for log-probabilities. They become that only by log_softmax.")
+@q4.mistake("without softmax",
+    "you take the logits for log-probabilities. They become that only by log_softmax.")
 def _(logits, labels):
-    learned = labels[:, 1:] != -100
-    return -(logits[:, :-1].gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0] * learned).sum() / learned.sum().clamp(min=1)
+    targets = labels[:, 1:]
+    learned = targets != -100
+    found = logits[:, :-1].gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return -(found * learned).sum() / learned.sum().clamp(min=1)
 
-@q4.mistake("softmax twice", "softmax is applied twice: cross_entropy does it by itself, and wants logits.")
+@q4.mistake("softmax twice",
+    "softmax is applied twice: cross_entropy does it by itself, and wants logits.")
 def _(logits, labels):
     surprise, learned = _shifted(logits.softmax(-1), labels)
     return surprise.sum() / learned.sum().clamp(min=1)
 
 # %% ../../../exercises/solutions/04_masking.ipynb #a2085897
-@q4.mistake("the shift crosses rows", "you put the rows one behind the other before you shift. The last logits of a row then speak of the first label of the next row, which is another text: shift within each row.")
+@q4.mistake("the shift crosses rows",
+    "you put the rows one behind the other before you shift. The last logits of a row then "
+    "speak of the first label of the next row, which is another text: shift within each row.")
 def _(logits, labels):
-    learned = labels.flatten()[1:] != -100
-    return (_nll(logits.flatten(0, 1)[:-1], labels.flatten()[1:]) * learned).sum() / learned.sum().clamp(min=1)
+    targets = labels.flatten()[1:]
+    learned = targets != -100
+    surprise = _nll(logits.flatten(0, 1)[:-1], targets)
+    return (surprise * learned).sum() / learned.sum().clamp(min=1)
 
-@q4.mistake("bits", "your loss is in bits (a logarithm to base 2); in nats it is smaller, by the factor log 2.")
+@q4.mistake("bits",
+    "your loss is in bits (a logarithm to base 2); in nats it is smaller, by the factor log 2.")
 def _(logits, labels):
     surprise, learned = _shifted(logits, labels)
     return surprise.sum() / learned.sum().clamp(min=1) / 0.6931471805599453
@@ -421,7 +658,9 @@ def shares(batches):
     # BEGIN SOLUTION
     found, steps = {source: 0.0 for batch in batches for source, _ in batch}, 0
     for batch in batches:
-        counts = [(source, sum(label != -100 for label in labels[1:])) for source, labels in batch]
+        counts = []
+        for source, labels in batch:
+            counts.append((source, sum(label != -100 for label in labels[1:])))
         total = sum(n for _, n in counts)
         steps += total > 0
         for source, n in counts:
@@ -430,88 +669,167 @@ def shares(batches):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/04_masking.ipynb #b98caef2
-q5 = Question("masking.shares", "Who is heard?", shares, stars=2, minutes=12, hints=[
-    "In the example the letters have one row of three, and three learned tokens of six. But half of the steps are all jokes: what is the letters' share of each step?",
-    "Begin with 0 for every source. For each batch, count the learned tokens of each row and of the batch, and add one divided by the other to the row's source.",
-    "At the end divide by the number of steps, which is the number of batches in which something is learned."],
-    example=lambda: ([[("letters", [-100, 5, 6, 2]), ("jokes", [-100, -100, 2])], [("jokes", [-100, 7, 2])]],))
+q5 = Question("masking.shares", "Who is heard?", shares, stars=2, minutes=12,
+    example=lambda: ([
+        [("letters", [-100, 5, 6, 2]), ("jokes", [-100, -100, 2])],
+        [("jokes", [-100, 7, 2])]],),
+    hints=[
+        ("In the example the letters have one row of three, and three learned tokens of six. "
+         "But half of the steps are all jokes: what is the letters' share of each step?"),
+        ("Begin with 0 for every source. For each batch, count the learned tokens of each row "
+         "and of the batch, and add one divided by the other to the row's source."),
+        ("At the end divide by the number of steps, "
+         "which is the number of batches in which something is learned.")])
 
 @q5.inputs
 def _(rng):
     def row(source, mask):
-        return dict(l="letters", j="jokes", s="lists")[source], [rng.randint(5, 99) if sign == "x" else -100 for sign in mask]
+        labels = [rng.randint(5, 99) if sign == "x" else -100 for sign in mask]
+        return dict(l="letters", j="jokes", s="lists")[source], labels
     def batch(text): return [row(*part.split(":")) for part in text.split()] # "l:.xx j:..x"
-    texts = [["j:.x"], ["l:..xx j:.x"], ["l:.xxx j:..x", "j:.xx"], ["l:xxx j:x..."], ["l:.xx", "j:...."], ["l:.x l:.xxx j:..x", "j:.xxxxx l:..x"], ["j:...", "l:x.."], [], ["l:x", "j:.x"], ["l:.xx s:.x", "j:.xxx", "s:... j:x...", "l:xxxxx s:..xx"]]
-    mask = lambda: "".join(rng.choice(".xx") for _ in range(rng.randint(2, 7)))
-    return [([batch(text) for text in some],) for some in texts] + [([[row(rng.choice("ljs"), mask()) for _ in range(3)] + [row("s", ".x")] for _ in range(3)],)]
+    texts = [
+        ["j:.x"],
+        ["l:..xx j:.x"],
+        ["l:.xxx j:..x", "j:.xx"],
+        ["l:xxx j:x..."],
+        ["l:.xx", "j:...."],
+        ["l:.x l:.xxx j:..x", "j:.xxxxx l:..x"],
+        ["j:...", "l:x.."],
+        [],
+        ["l:x", "j:.x"],
+        ["l:.xx s:.x", "j:.xxx", "s:... j:x...", "l:xxxxx s:..xx"]]
+    def mask(): return "".join(rng.choice(".xx") for _ in range(rng.randint(2, 7)))
+    def mixed(): return [row(rng.choice("ljs"), mask()) for _ in range(3)] + [row("s", ".x")]
+    cases = [([batch(text) for text in some],) for some in texts]
+    return cases + [([mixed() for _ in range(3)],)]
 
 # %% ../../../exercises/solutions/04_masking.ipynb #6e8c8c8f
-def _shares(batches, count=lambda labels: sum(label != -100 for label in labels[1:]), steps=lambda totals: sum(total > 0 for total in totals), total=sum):
-    found = {source: 0.0 for batch in batches for source, _ in batch}
-    counts = [[count(labels) for _, labels in batch] for batch in batches]
-    for batch, ns in zip(batches, counts):
-        for (source, _), n in zip(batch, ns):
-            found[source] += n / (total(ns) or 1)
-    return {source: share / (steps([sum(ns) for ns in counts]) or 1) for source, share in found.items()}
+def _learned(labels): return sum(label != -100 for label in labels[1:])
 
-@q5.mistake("a share of the rows", "that is each source's share of the rows. A row weighs the more, the more of it is learned.")
+def _steps(totals): return sum(total > 0 for total in totals)
+
+def _shares(
+    batches,
+    count=_learned, # what is counted of a row
+    steps=_steps, # how many there are, from the sums of the batches
+):
+    found = {source: 0.0 for batch in batches for source, _ in batch}
+    totals = []
+    for batch in batches:
+        counts = [count(labels) for _, labels in batch]
+        totals.append(sum(counts))
+        for (source, _), n in zip(batch, counts):
+            found[source] += n / (totals[-1] or 1)
+    return {source: share / (steps(totals) or 1) for source, share in found.items()}
+
+@q5.mistake("a share of the rows",
+    "that is each source's share of the rows. "
+    "A row weighs the more, the more of it is learned.")
 def _(batches): return _shares([[row for batch in batches for row in batch]], lambda labels: 1)
 
-@q5.mistake("a share of all learned tokens", "that is each source's share of all learned tokens. But each step is a mean: a token in a batch with few learned tokens weighs more. Take the shares batch by batch.")
+@q5.mistake("a share of all learned tokens",
+    "that is each source's share of all learned tokens. But each step is a mean: a token in a "
+    "batch with few learned tokens weighs more. Take the shares batch by batch.")
 def _(batches): return _shares([[row for batch in batches for row in batch]])
 
-@q5.mistake("each row has the same vote", "within a batch you give each row the same vote. The loss is one mean over the tokens of all its rows: a row with three learned tokens counts three times as much as one with one.")
-def _(batches):
-    return _shares(batches, lambda labels: int(any(label != -100 for label in labels[1:])))
+@q5.mistake("each row has the same vote",
+    "within a batch you give each row the same vote. The loss is one mean over the tokens of "
+    "all its rows: a row with three learned tokens counts three times as much as one with one.")
+def _(batches): return _shares(batches, lambda labels: int(_learned(labels) > 0))
 
-@q5.mistake("prompts are counted", "you count all tokens of a row. The model reads the prompts, but learns from the labels that are not -100.")
+@q5.mistake("prompts are counted",
+    "you count all tokens of a row. "
+    "The model reads the prompts, but learns from the labels that are not -100.")
 def _(batches): return _shares(batches, lambda labels: len(labels[1:]))
 
-@q5.mistake("prompts are counted, and first tokens", "you count all tokens of a row. The model learns from the labels that are not -100; and the first one is predicted by nothing.")
+@q5.mistake("prompts are counted, and first tokens",
+    "you count all tokens of a row. The model learns from the labels that are not -100; "
+    "and the first one is predicted by nothing.")
 def _(batches): return _shares(batches, len)
 
 # %% ../../../exercises/solutions/04_masking.ipynb #2f10e920
-@q5.mistake("the first label is counted", "you count the first label of a row. Nothing predicts that token, so nothing is learned from it, whatever its label.")
+@q5.mistake("the first label is counted",
+    "you count the first label of a row. Nothing predicts that token, "
+    "so nothing is learned from it, whatever its label.")
 def _(batches): return _shares(batches, lambda labels: sum(label != -100 for label in labels))
 
-@q5.mistake("a batch that teaches nothing is counted", "you divide by all batches. One in which nothing is learned makes no step; with it, your shares do not add up to 1.")
+@q5.mistake("a batch that teaches nothing is counted",
+    "you divide by all batches. One in which nothing is learned makes no step; "
+    "with it, your shares do not add up to 1.")
 def _(batches): return _shares(batches, steps=len)
 
-@q5.mistake("not divided by the steps", "you add up the shares of the steps and do not divide by their number: with ten steps your shares add up to 10.")
+@q5.mistake("not divided by the steps",
+    "you add up the shares of the steps and do not divide by their number: "
+    "with ten steps your shares add up to 10.")
 def _(batches): return _shares(batches, steps=lambda totals: 1)
 
-@q5.mistake("who is never learned is missing", "a source that is never learned is missing from your result. That it has 0 is what somebody should be told.")
+@q5.mistake("who is never learned is missing",
+    "a source that is never learned is missing from your result. "
+    "That it has 0 is what somebody should be told.")
 def _(batches): return {source: share for source, share in _shares(batches).items() if share}
 
-@q5.mistake("one row of a source in a batch", "where a batch has several rows of one source, you keep the last one alone (`counts[source] = …`). Add them up.")
-def _(batches):
-    return _shares([list({source: (source, labels) for source, labels in batch}.values()) for batch in batches])
+@q5.mistake("one row of a source in a batch",
+    "where a batch has several rows of one source, you keep the last one alone "
+    "(`counts[source] = …`). Add them up.")
+def _(batches): return _shares([list(dict(batch).items()) for batch in batches])
 
-@q5.mistake("divides by zero", "where nothing is learned you divide by zero: in a batch without learned tokens, or where there is no step at all.")
+@q5.mistake("divides by zero",
+    "where nothing is learned you divide by zero: "
+    "in a batch without learned tokens, or where there is no step at all.")
 def _(batches):
     if not batches:
         return {}
-    if any(all(label == -100 for _, labels in batch for label in labels[1:]) for batch in batches):
+    if not all(any(_learned(labels) for _, labels in batch) for batch in batches):
         raise ZeroDivisionError
     return _shares(batches)
 
 # %% ../../../exercises/solutions/04_masking.ipynb #25406da7
-@q5.mistake("the last label is left out", "you leave out the last label of a row; it is the *first* that nothing predicts. (The logits lose their last place, the labels their first.)")
-def _(batches): return _shares(batches, lambda labels: sum(label != -100 for label in labels[:-1]))
-
-@q5.mistake("the steps with the source alone", "for each source you take the mean over the steps in which it occurs. A step without it teaches nothing about it, and counts as 0.")
+@q5.mistake("the last label is left out",
+    "you leave out the last label of a row; it is the *first* that nothing predicts. "
+    "(The logits lose their last place, the labels their first.)")
 def _(batches):
-    single = [_shares([batch]) for batch in batches if any(label != -100 for _, labels in batch for label in labels[1:])]
-    return {source: sum(some) / len(some) if (some := [step[source] for step in single if source in step]) else 0.0 for source in _shares(batches)}
+    return _shares(batches, lambda labels: sum(label != -100 for label in labels[:-1]))
+
+@q5.mistake("the steps with the source alone",
+    "for each source you take the mean over the steps in which it occurs. "
+    "A step without it teaches nothing about it, and counts as 0.")
+def _(batches):
+    found = {source: [] for source in _shares(batches)}
+    for batch in batches:
+        if any(_learned(labels) for _, labels in batch):
+            for source, share in _shares([batch]).items():
+                found[source].append(share)
+    return {source: sum(some) / max(len(some), 1) for source, some in found.items()}
 
 # %% ../../../exercises/solutions/04_masking.ipynb #a7cbbd36
-q6 = OpenQuestion("masking.better_loss", "The better loss", stars=2, minutes=10, rubric=[
-    "The two losses are means over different tokens (0.6 over prompts, headers and answers; 1.3 over answers alone): they cannot be compared.",
-    "The labels teach the prompts too: headers and other marks are the same in every row and easy, which pulls the mean down without any better answer; and a model that learned to write questions writes them.",
-    "The stop token has the padding's id, so its label is -100 everywhere: nobody taught the model to stop.",
-    "A second epoch on the same labels cannot mend that; mend the labels: padding told by lengths or the attention mask (or a padding token of its own), ids and labels from one function that knows the parts.",
-    "How to be sure: look at the learned tokens of a batch as the model gets it, or run the audit on it; compare both models on the same held-out answers (their loss with the same mask, exact match, the share that stops)."],
-    model="Your 0.6 is a mean over the whole text, my 1.3 a mean over the answers; these are different questions, and the headers in yours, the same in every row, cost nearly nothing. Because the prompts are in your labels, the model has also learned to write the user's questions, and that is what you see. "
-          "It does not stop because the stop token has the id of the padding and gets -100 in every row; more epochs of that teach it no better. I would let the attention mask say what is padding, or add a padding token, and make the labels together with the ids, from parts that are known. Before training I would decode the learned tokens of one batch and run `audit_labels` on it. "
-          "Then I would measure both models on the same test questions: the loss of the answers under one mask, exact match, and how many answers stop.",
-    hints=["A loss is a mean. Over which tokens, in each of the two?", "Go through the labels of one row, token by token: which label has the stop token?"])
+q6 = OpenQuestion("masking.better_loss", "The better loss", stars=2, minutes=10,
+    rubric=[
+        ("The two losses are means over different tokens (0.6 over prompts, headers and "
+         "answers; 1.3 over answers alone): they cannot be compared."),
+        ("The labels teach the prompts too: headers and other marks are the same in every row "
+         "and easy, which pulls the mean down without any better answer; and a model that "
+         "learned to write questions writes them."),
+        ("The stop token has the padding's id, so its label is -100 everywhere: "
+         "nobody taught the model to stop."),
+        ("A second epoch on the same labels cannot fix that; fix the labels: padding told by "
+         "lengths or the attention mask (or a padding token of its own), ids and labels from "
+         "one function that knows the parts."),
+        ("How to be sure: look at the learned tokens of a batch as the model gets it, or run "
+         "the audit on it; compare both models on the same held-out answers (their loss with "
+         "the same mask, exact match, the share that stops).")],
+    model=(
+        "Your 0.6 is a mean over the whole text, my 1.3 a mean over the answers; these are "
+        "different questions, and the headers in yours, the same in every row, cost nearly "
+        "nothing. Because the prompts are in your labels, the model has also learned to write "
+        "the user's questions, and that is what you see. "
+        "It does not stop because the stop token has the id of the padding and gets -100 in "
+        "every row; more epochs of that teach it no better. I would let the attention mask say "
+        "what is padding, or add a padding token, and make the labels together with the ids, "
+        "from parts that are known. Before training I would decode the learned tokens of one "
+        "batch and run `audit_labels` on it. "
+        "Then I would measure both models on the same test questions: the loss of the answers "
+        "under one mask, exact match, and how many answers stop."),
+    hints=[
+        "A loss is a mean. Over which tokens, in each of the two?",
+        ("Go through the labels of one row, token by token: "
+         "which label has the stop token?")])

@@ -6,7 +6,7 @@
 __all__ = ['LESSON', 'q1', 'q2', 'q3', 'q4', 'q5', 'q6']
 
 # %% ../../../exercises/solutions/06_memory.ipynb #6b4f50d3
-import math
+import math  # noqa: F811
 from ..exercises import OpenQuestion, Question
 
 LESSON = "06 Memory"
@@ -24,160 +24,256 @@ def held(parameters):
     "Bytes of `weights`, `gradients` and `optimizer`."
     # BEGIN SOLUTION
     size = dict(float32=4, bfloat16=2, float16=2)
-    count = lambda some: sum(math.prod(p["shape"]) * size[p["dtype"]] for p in some)
+    def count(some): return sum(math.prod(p["shape"]) * size[p["dtype"]] for p in some)
     trained = count(p for p in parameters if p["trained"])
     return dict(weights=count(parameters), gradients=trained, optimizer=2 * trained)
     # END SOLUTION
 
 # %% ../../../exercises/solutions/06_memory.ipynb #1e127bb2
-q1 = Question("memory.held", "What must be held", held, example=lambda: ([dict(shape=(4, 6), dtype="bfloat16", trained=False), dict(shape=(2, 6), dtype="float32", trained=True)],), stars=1, minutes=8, hints=[
-    "How many numbers has a tensor of the shape (4, 6)? And one of the shape ()?",
-    "`math.prod(shape)` counts them, also for `()`. A float32 takes 4 bytes, the two others 2.",
-    "All parameters are weights. Only the trained ones have a gradient, of the same size, and two means, each of the same size."])
+q1 = Question("memory.held", "What must be held", held,
+    example=lambda: ([
+        dict(shape=(4, 6), dtype="bfloat16", trained=False),
+        dict(shape=(2, 6), dtype="float32", trained=True)],),
+    stars=1, minutes=8, hints=[
+        "How many numbers has a tensor of the shape (4, 6)? And one of the shape ()?",
+        "`math.prod(shape)` counts them, also for `()`. A float32 takes 4 bytes, the two others 2.",
+        "All parameters are weights. Only the trained ones have a gradient, of the same size, and "
+            "two means, each of the same size.",
+    ])
 
 @q1.inputs
 def _(rng):
-    one = lambda trained, dtype, *shape: dict(shape=shape, dtype=dtype, trained=trained)
-    some = lambda: one(rng.random() < 0.6, rng.choice(["float32", "bfloat16", "float16"]), *(rng.randint(2, 9) for _ in range(rng.randint(1, 3))))
-    return [([one(True, "float32", 3)],), ([one(True, "bfloat16", 2, 5)],), ([one(False, "float32", 7)],), ([one(True, "float32")],), ([one(True, "float16", 3, 1, 2), one(False, "float16")],), ([],),
-            ([one(False, "bfloat16", 8, 8), one(True, "float32", 2, 8), one(True, "float32", 8, 2)],), ([one(True, "float32", 5), one(True, "bfloat16", 5)],), ([one(True, "float16", 4), one(False, "float32", 3)],), ([some() for _ in range(4)],), ([some() for _ in range(6)],)]
+    def one(trained, dtype, *shape): return dict(shape=shape, dtype=dtype, trained=trained)
+    def some():
+        trained, dtype = rng.random() < 0.6, rng.choice(["float32", "bfloat16", "float16"])
+        return one(trained, dtype, *(rng.randint(2, 9) for _ in range(rng.randint(1, 3))))
+    lists = [
+        [one(True, "float32", 3)], [one(True, "bfloat16", 2, 5)], [one(False, "float32", 7)],
+        [one(True, "float32")], [one(True, "float16", 3, 1, 2), one(False, "float16")], [],
+        [one(False, "bfloat16", 8, 8), one(True, "float32", 2, 8), one(True, "float32", 8, 2)],
+        [one(True, "float32", 5), one(True, "bfloat16", 5)],
+        [one(True, "float16", 4), one(False, "float32", 3)],
+        [some() for _ in range(4)], [some() for _ in range(6)]]
+    return [(parameters,) for parameters in lists]
 
 # %% ../../../exercises/solutions/06_memory.ipynb #7e3ea09b
 _SIZE = dict(float32=4, bfloat16=2, float16=2)
 
 def _numbers(p): return math.prod(p["shape"])
-def _held(parameters, weight=lambda p: _numbers(p) * _SIZE[p["dtype"]], gradient=lambda p: p["trained"] * _numbers(p) * _SIZE[p["dtype"]], state=lambda p: 2 * p["trained"] * _numbers(p) * _SIZE[p["dtype"]]):
-    return dict(weights=sum(map(weight, parameters)), gradients=sum(map(gradient, parameters)), optimizer=sum(map(state, parameters)))
-
 def _bytes(p): return _numbers(p) * _SIZE[p["dtype"]]
 
-@q1.mistake("frozen weights have gradients", "you count gradients (and means) for frozen weights as well. They have none: that is what LoRA saves, and nearly all that it saves.")
+def _held(parameters, weight=_bytes, gradient=lambda p: p["trained"] * _bytes(p),
+          state=lambda p: 2 * p["trained"] * _bytes(p)):
+    return dict(weights=sum(map(weight, parameters)), gradients=sum(map(gradient, parameters)),
+                optimizer=sum(map(state, parameters)))
+
+@q1.mistake("frozen weights have gradients",
+    "you count gradients (and means) for frozen weights as well. They have none: that is what "
+    "LoRA saves, and nearly all that it saves.")
 def _(parameters): return _held(parameters, gradient=_bytes, state=lambda p: 2 * _bytes(p))
 
-@q1.mistake("frozen weights have means", "you count AdamW's means for frozen weights as well. Where there is no gradient there is nothing to take a mean of.")
+@q1.mistake("frozen weights have means",
+    "you count AdamW's means for frozen weights as well. Where there is no gradient there is "
+    "nothing to take a mean of.")
 def _(parameters): return _held(parameters, state=lambda p: 2 * _bytes(p))
 
-@q1.mistake("one mean", "you count one running mean for each weight. AdamW keeps two: of the gradient and of its square.")
+@q1.mistake("one mean",
+    "you count one running mean for each weight. AdamW keeps two: of the gradient and of its "
+    "square.")
 def _(parameters): return _held(parameters, state=lambda p: p["trained"] * _bytes(p))
 
 # %% ../../../exercises/solutions/06_memory.ipynb #fe91cdaa
-@q1.mistake("the weight is counted as a state", "your optimiser has three numbers for each trained weight. AdamW keeps two; the weight itself is counted under `weights`.")
+@q1.mistake("the weight is counted as a state",
+    "your optimiser has three numbers for each trained weight. AdamW keeps two; the weight itself "
+    "is counted under `weights`.")
 def _(parameters): return _held(parameters, state=lambda p: 3 * p["trained"] * _bytes(p))
 
-@q1.mistake("frozen weights cost nothing", "you leave frozen weights out of `weights`. They learn nothing, and the forward pass needs them all the same.")
+@q1.mistake("frozen weights cost nothing",
+    "you leave frozen weights out of `weights`. They learn nothing, and the forward pass needs "
+    "them all the same.")
 def _(parameters): return _held(parameters, weight=lambda p: p["trained"] * _bytes(p))
 
-@q1.mistake("all in float32", "you count 4 bytes for every number. A number in bfloat16 or float16 takes 2.")
+@q1.mistake("all in float32",
+    "you count 4 bytes for every number. A number in bfloat16 or float16 takes 2.")
 def _(parameters): return _held([dict(p, dtype="float32") for p in parameters])
 
 # %% ../../../exercises/solutions/06_memory.ipynb #efce266e
-@q1.mistake("all in 16 bits", "you count 2 bytes for every number. One in float32 takes 4, and so do its gradient and its means: adapters and the weights of mixed precision are float32.")
+@q1.mistake("all in 16 bits",
+    "you count 2 bytes for every number. One in float32 takes 4, and so do its gradient and its "
+    "means: adapters and the weights of mixed precision are float32.")
 def _(parameters): return _held([dict(p, dtype="float16") for p in parameters])
 
-@q1.mistake("gradients in 16 bits", "your gradients always have 2 bytes. A gradient has the dtype of its weight, so for a float32 weight it has 4; that is a quarter of the 16 bytes a weight which mixed precision costs.")
+@q1.mistake("gradients in 16 bits",
+    "your gradients always have 2 bytes. A gradient has the dtype of its weight, so for a float32 "
+    "weight it has 4; that is a quarter of the 16 bytes a weight which mixed precision costs.")
 def _(parameters): return _held(parameters, gradient=lambda p: p["trained"] * 2 * _numbers(p))
 
-@q1.mistake("8 bytes for means in 16 bits", "your optimiser takes 8 bytes for each 16-bit weight: means in float32, or a float32 copy of the weight besides. Some trainers keep these; PyTorch's plain AdamW makes its means like the weight, and nothing else (which saves memory, and loses small changes).")
+@q1.mistake("8 bytes for means in 16 bits",
+    "your optimiser takes 8 bytes for each 16-bit weight: means in float32, or a float32 copy of "
+    "the weight besides. Some trainers keep these; PyTorch's plain AdamW makes its means like the "
+    "weight, and nothing else (which saves memory, and loses small changes).")
 def _(parameters): return _held(parameters, state=lambda p: p["trained"] * 8 * _numbers(p))
 
-@q1.mistake("numbers instead of bytes", "you count numbers. How many bytes one takes depends on its dtype.")
+@q1.mistake("numbers instead of bytes",
+    "you count numbers. How many bytes one takes depends on its dtype.")
 def _(parameters):
-    return _held(parameters, _numbers, lambda p: p["trained"] * _numbers(p), lambda p: 2 * p["trained"] * _numbers(p))
+    return _held(parameters, _numbers, lambda p: p["trained"] * _numbers(p),
+                 lambda p: 2 * p["trained"] * _numbers(p))
 
-@q1.mistake("a single number is none", "a tensor of the shape `()` holds one number; yours counts none.")
+@q1.mistake("a single number is none",
+    "a tensor of the shape `()` holds one number; yours counts none.")
 def _(parameters): return _held([p for p in parameters if p["shape"]])
 
 # %% ../../../exercises/solutions/06_memory.ipynb #3e190ebd
 def count(config):
     "Parameters: `embeddings`, `attention`, `mlp` and `norms`."
     # BEGIN SOLUTION
-    hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head = config.get("head_dim", hidden // heads)
-    q, kv = heads * head, config["num_key_value_heads"] * head
+    q, kv = heads * head, kv_heads * head
     attention = 2 * hidden * q + 2 * hidden * kv + config["qkv_bias"] * (q + 2 * kv)
-    return dict(embeddings=config["vocab_size"] * hidden * (1 if config["tie_word_embeddings"] else 2), attention=layers * attention,
-                mlp=layers * 3 * hidden * config["intermediate_size"], norms=(2 * layers + 1) * hidden)
+    tables = 1 if config["tie_word_embeddings"] else 2
+    return dict(
+        embeddings=tables * config["vocab_size"] * hidden,
+        attention=layers * attention,
+        mlp=layers * 3 * hidden * config["intermediate_size"],
+        norms=(2 * layers + 1) * hidden)
     # END SOLUTION
 
 # %% ../../../exercises/solutions/06_memory.ipynb #35b243d2
 def _config(vocab, hidden, inner, layers, heads, kv, head=None, tied=True, bias=False):
-    config = dict(vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=tied, qkv_bias=bias)
+    config = dict(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=tied, qkv_bias=bias)
     return config | (dict(head_dim=head) if head else {})
 
-q2 = Question("memory.parameters", "Parameters of a config", count, example=lambda: (_config(10, 8, 12, 1, 2, 1),), stars=2, minutes=15, hints=[
-    "Write down the shape of each matrix: of q, k, v and o; of gate, up and down. How wide are the queries, all heads together?",
-    "q is `hidden x (heads · head_dim)`, and o the other way round; k and v are `hidden x (kv heads · head_dim)`. `heads · head_dim` need not be `hidden`.",
-    "A bias has as many numbers as its matrix has outputs: for k and v fewer than for q."])
+q2 = Question("memory.parameters", "Parameters of a config", count,
+    example=lambda: (_config(10, 8, 12, 1, 2, 1),),
+    stars=2, minutes=15, hints=[
+        "Write down the shape of each matrix: of q, k, v and o; of gate, up and down. How wide "
+            "are the queries, all heads together?",
+        "q is `hidden x (heads · head_dim)`, and o the other way round; k and v are `hidden x (kv "
+            "heads · head_dim)`. `heads · head_dim` need not be `hidden`.",
+        "A bias has as many numbers as its matrix has outputs: for k and v fewer than for q.",
+    ])
 
 @q2.inputs
 def _(rng):
-    random = lambda: _config(rng.randint(20, 90), 4 * (heads := 2 * rng.randint(1, 4)), rng.randint(9, 50), rng.randint(2, 6), heads, rng.choice([1, 2]), rng.choice([None, 3, 8]), rng.random() < 0.5, rng.random() < 0.5)
-    return [(_config(10, 4, 6, 1, 1, 1),), (_config(10, 8, 12, 2, 2, 2, tied=False),), (_config(20, 8, 20, 3, 4, 2),), (_config(20, 8, 20, 2, 4, 1, head=8),), (_config(20, 8, 20, 2, 4, 4, head=5, tied=False),), (_config(30, 8, 9, 1, 4, 2, bias=True),),
-            (_config(30, 12, 9, 2, 3, 1, head=2, bias=True),), (_config(16, 8, 24, 4, 2, 2, bias=True, tied=False),), (random(),), (random(),), (random(),)]
+    def random():
+        vocab, heads = rng.randint(20, 90), 2 * rng.randint(1, 4)
+        inner, layers, kv = rng.randint(9, 50), rng.randint(2, 6), rng.choice([1, 2])
+        head, tied, bias = rng.choice([None, 3, 8]), rng.random() < 0.5, rng.random() < 0.5
+        return _config(vocab, 4 * heads, inner, layers, heads, kv, head, tied, bias)
+    configs = [
+        _config(10, 4, 6, 1, 1, 1), _config(10, 8, 12, 2, 2, 2, tied=False),
+        _config(20, 8, 20, 3, 4, 2), _config(20, 8, 20, 2, 4, 1, head=8),
+        _config(20, 8, 20, 2, 4, 4, head=5, tied=False), _config(30, 8, 9, 1, 4, 2, bias=True),
+        _config(30, 12, 9, 2, 3, 1, head=2, bias=True),
+        _config(16, 8, 24, 4, 2, 2, bias=True, tied=False), random(), random(), random()]
+    return [(config,) for config in configs]
 
 # %% ../../../exercises/solutions/06_memory.ipynb #06c9b6ff
-def _count(config, q=lambda hidden, heads, kv, head: hidden * heads * head, kv=lambda hidden, heads, kv, head: 2 * hidden * kv * head, o=lambda hidden, heads, kv, head: hidden * heads * head,
-           bias=lambda hidden, heads, kv, head: (heads + 2 * kv) * head, mlp=3, norms=lambda layers: 2 * layers + 1, tables=lambda tied: 1 if tied else 2, layers=None, head=lambda config: config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])):
-    hidden, n = config["hidden_size"], layers or config["num_hidden_layers"]
-    sizes = hidden, config["num_attention_heads"], config["num_key_value_heads"], head(config)
-    return dict(embeddings=config["vocab_size"] * hidden * tables(config["tie_word_embeddings"]), attention=n * (q(*sizes) + kv(*sizes) + o(*sizes) + config["qkv_bias"] * bias(*sizes)), mlp=n * mlp * hidden * config["intermediate_size"], norms=norms(n) * hidden)
+def _q(hidden, heads, kv, head): return hidden * heads * head
+def _kv(hidden, heads, kv, head): return 2 * hidden * kv * head
+def _bias(hidden, heads, kv, head): return (heads + 2 * kv) * head
 
-@q2.mistake("keys as wide as queries", "you take keys and values to be as wide as queries. Where there are fewer key-value heads (grouped-query attention), k and v have fewer outputs, and their biases too.")
+def _count(config, q=_q, kv=_kv, o=_q, bias=_bias, mlp=3, norms=lambda layers: 2 * layers + 1,
+           tables=lambda tied: 1 if tied else 2, layers=None):
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    n = layers or config["num_hidden_layers"]
+    head = config.get("head_dim", hidden // heads)
+    sizes = hidden, heads, config["num_key_value_heads"], head
+    attention = q(*sizes) + kv(*sizes) + o(*sizes) + config["qkv_bias"] * bias(*sizes)
+    return dict(
+        embeddings=config["vocab_size"] * hidden * tables(config["tie_word_embeddings"]),
+        attention=n * attention, mlp=n * mlp * hidden * config["intermediate_size"],
+        norms=norms(n) * hidden)
+
+@q2.mistake("keys as wide as queries",
+    "you take keys and values to be as wide as queries. Where there are fewer key-value heads "
+    "(grouped-query attention), k and v have fewer outputs, and their biases too.")
 def _(config): return count(dict(config, num_key_value_heads=config["num_attention_heads"]))
 
-@q2.mistake("two matrices in the MLP", "your MLP has two matrices, up and down. This one has a gate, so there are three; that is a fifth or more of such a model.")
+@q2.mistake("two matrices in the MLP",
+    "your MLP has two matrices, up and down. This one has a gate, so there are three; that is a "
+    "fifth or more of such a model.")
 def _(config): return _count(config, mlp=2)
 
-@q2.mistake("tied tables count twice", "with `tie_word_embeddings` the output layer *is* the embedding: one table, to be counted once. (For a small model that is a large share.)")
+@q2.mistake("tied tables count twice",
+    "with `tie_word_embeddings` the output layer *is* the embedding: one table, to be counted "
+    "once. (For a small model that is a large share.)")
 def _(config): return _count(config, tables=lambda tied: 2)
 
-@q2.mistake("no output layer", "where `tie_word_embeddings` is false, the output layer is a table of its own, as large as the embedding; yours is missing.")
+@q2.mistake("no output layer",
+    "where `tie_word_embeddings` is false, the output layer is a table of its own, as large as "
+    "the embedding; yours is missing.")
 def _(config): return _count(config, tables=lambda tied: 1)
 
 # %% ../../../exercises/solutions/06_memory.ipynb #6abdd63b
-@q2.mistake("tied the wrong way round", "you count one table where they are not tied and two where they are.")
+@q2.mistake("tied the wrong way round",
+    "you count one table where they are not tied and two where they are.")
 def _(config): return _count(config, tables=lambda tied: 1 + tied)
 
-@q2.mistake("tied tables do not count", "with `tie_word_embeddings` there is one table for both ends, and it is there: count it once, not never.")
+@q2.mistake("tied tables do not count",
+    "with `tie_word_embeddings` there is one table for both ends, and it is there: count it once, "
+    "not never.")
 def _(config): return _count(config, tables=lambda tied: 0 if tied else 2)
 
-@q2.mistake("tied tables do not count, one of the others", "tied tables are one table, and two where they are not tied; yours are none and one.")
+@q2.mistake("tied tables do not count, one of the others",
+    "tied tables are one table, and two where they are not tied; yours are none and one.")
 def _(config): return _count(config, tables=lambda tied: 0 if tied else 1)
 
-@q2.mistake("head_dim is not looked at", "you take heads times width to be `hidden_size` always. Some configs (Qwen3, Gemma) give a `head_dim` of their own; look there first.")
+@q2.mistake("head_dim is not looked at",
+    "you take heads times width to be `hidden_size` always. Some configs (Qwen3, Gemma) give a "
+    "`head_dim` of their own; look there first.")
 def _(config): return count({name: value for name, value in config.items() if name != "head_dim"})
 
-@q2.mistake("o is square", "your fourth matrix is `hidden x hidden`. It leads from the heads back, so it has `heads · head_dim` inputs; it is square only where that is `hidden_size`.")
+@q2.mistake("o is square",
+    "your fourth matrix is `hidden x hidden`. It leads from the heads back, so it has `heads · "
+    "head_dim` inputs; it is square only where that is `hidden_size`.")
 def _(config): return _count(config, o=lambda hidden, heads, kv, head: hidden * hidden)
 
 # %% ../../../exercises/solutions/06_memory.ipynb #fdeab267
-@q2.mistake("q and o are square", "your q and o are `hidden x hidden`. They are only where heads times `head_dim` is `hidden_size`.")
+@q2.mistake("q and o are square",
+    "your q and o are `hidden x hidden`. They are only where heads times `head_dim` is "
+    "`hidden_size`.")
 def _(config):
-    return _count(config, q=lambda hidden, heads, kv, head: hidden * hidden, o=lambda hidden, heads, kv, head: hidden * hidden)
+    def square(hidden, heads, kv, head): return hidden * hidden
+    return _count(config, q=square, o=square)
 
-@q2.mistake("no biases", "with `qkv_bias` the matrices for queries, keys and values have biases; yours have none.")
+@q2.mistake("no biases",
+    "with `qkv_bias` the matrices for queries, keys and values have biases; yours have none.")
 def _(config): return _count(config, bias=lambda *sizes: 0)
 
-@q2.mistake("a bias on o", "the fourth matrix of the attention has no bias, with `qkv_bias` or without.")
+@q2.mistake("a bias on o",
+    "the fourth matrix of the attention has no bias, with `qkv_bias` or without.")
 def _(config):
     return _count(config, bias=lambda hidden, heads, kv, head: (heads + 2 * kv) * head + hidden)
 
-@q2.mistake("biases as wide as the model", "your three biases have `hidden_size` numbers each. A bias has one for each *output* of its matrix: `heads · head_dim` for q, fewer for k and v.")
+@q2.mistake("biases as wide as the model",
+    "your three biases have `hidden_size` numbers each. A bias has one for each *output* of its "
+    "matrix: `heads · head_dim` for q, fewer for k and v.")
 def _(config): return _count(config, bias=lambda hidden, heads, kv, head: 3 * hidden)
 
-@q2.mistake("a head for one", "you take keys and values to have one head only (or forget how many): `num_key_value_heads` of them.")
+@q2.mistake("a head for one",
+    "you take keys and values to have one head only (or forget how many): `num_key_value_heads` "
+    "of them.")
 def _(config):
-    return _count(config, kv=lambda hidden, heads, kv, head: 2 * hidden * head, bias=lambda hidden, heads, kv, head: (heads + 2) * head)
+    return _count(config, kv=lambda hidden, heads, kv, head: 2 * hidden * head,
+                  bias=lambda hidden, heads, kv, head: (heads + 2) * head)
 
 # %% ../../../exercises/solutions/06_memory.ipynb #afbde35d
 @q2.mistake("keys alone", "you count one matrix for keys and values; each has its own.")
 def _(config):
-    return _count(config, kv=lambda hidden, heads, kv, head: hidden * kv * head, bias=lambda hidden, heads, kv, head: (heads + kv) * head)
+    return _count(config, kv=lambda hidden, heads, kv, head: hidden * kv * head,
+                  bias=lambda hidden, heads, kv, head: (heads + kv) * head)
 
 @q2.mistake("the last norm is missing", "there is one more norm, after the last layer.")
 def _(config): return _count(config, norms=lambda layers: 2 * layers)
 
-@q2.mistake("one norm a layer", "you count one norm a layer; there is one before the attention and one before the MLP.")
+@q2.mistake("one norm a layer",
+    "you count one norm a layer; there is one before the attention and one before the MLP.")
 def _(config): return _count(config, norms=lambda layers: layers + 1)
 
 @q2.mistake("one layer", "you count one layer; there are `num_hidden_layers`.")
@@ -196,99 +292,151 @@ def first_too_large(lengths, batch_size, fixed, per_token, per_pair, card):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/06_memory.ipynb #95f062c9
-q3 = Question("memory.first_too_large", "The batch that breaks the run", first_too_large, example=lambda: ([40, 10, 90, 20, 30, 200], 2, 2**29, 2**21, 0, 1), stars=2, minutes=12, hints=[
-    "How many tokens, padding included, has a batch with rows of 40 and 10?",
-    "Rows times the longest of them; for pairs, rows times its square. `max(batch)` of each batch, not of all rows.",
-    "A GiB is 2**30 bytes. A need of exactly `card * 2**30` fits."])
+q3 = Question("memory.first_too_large", "The batch that breaks the run", first_too_large,
+    example=lambda: ([40, 10, 90, 20, 30, 200], 2, 2**29, 2**21, 0, 1),
+    stars=2, minutes=12, hints=[
+        "How many tokens, padding included, has a batch with rows of 40 and 10?",
+        "Rows times the longest of them; for pairs, rows times its square. `max(batch)` of each "
+            "batch, not of all rows.",
+        "A GiB is 2**30 bytes. A need of exactly `card * 2**30` fits.",
+    ])
 
 @q3.inputs
 def _(rng):
     half, token = 2**29, 2**20 # room for 512 tokens on a card of 1 GiB
-    lengths = lambda n: [rng.randint(10, 125) for _ in range(n)]
-    return [([128], 1, half, token, 0, 1), ([512], 1, half, token, 0, 1), ([513], 1, half, token, 0, 1), ([9, 128, 7, 6, 9, 129, 5, 5], 4, half, token, 0, 1), ([60] * 6 + [125, 9], 2, half, 2 * token, 0, 1), ([100, 110, 90, 480], 2, half, token, 0, 1),
-            ([120, 30, 20, 25, 120, 115, 118, 119, 126, 126, 130, 126], 4, half, token, 0, 1), ([115, 20, 20, 20], 4, half, token, 0, 1), ([20, 20, 115, 20, 30, 30, 30, 30, 140], 4, half, token, 0, 1), ([200, 150, 180, 400], 2, half, token, 0, 1), ([], 4, half, token, 0, 1), ([50] * 20, 4, half, token, 0, 1),
-            ([30, 20, 60, 10, 90, 10], 2, half, token, token // 32, 1), ([5, 5, 5, 5, 300, 10], 2, half, 1000, 3000, 1), ([40, 90, 12, 90, 60, 10, 64], 3, 2 * half, token, token // 16, 2), ([70, 40], 2, 2**30 + 1, 1, 0, 1), ([10, 200, 10, 20], 2, 2**30 - 400, 1, 0, 1), ([450, 460, 500, 511], 1, half, token, 0, 1), ([20, 20, 30, 520], 3, half, token, 0, 1), ([30, 10, 20, 15, 600], 2, half, token, 0, 1), (lengths(24), 4, half, token, 0, 1), (lengths(20), 4, half, token, rng.choice([0, 3000]), 1),
-            ([9, 11, 13, 4, 5], 2, 3 * half, 20 * token, token // 4, 2), ([33, 12, 40, 8], 2, 3 * half, 5 * token, token // 8, 2), ([230, 10, 10], 2, 40 * 2**20, 2 * token, 0, 1), ([25, 30, 35, 5], 4, half, token, token // 8, 1)]
+    def some(n): return [rng.randint(10, 125) for _ in range(n)]
+    def run(lengths, size, fixed=half, token=token, pair=0, card=1):
+        return lengths, size, fixed, token, pair, card
+    return [
+        run([128], 1), run([512], 1), run([513], 1), run([9, 128, 7, 6, 9, 129, 5, 5], 4),
+        run([60] * 6 + [125, 9], 2, token=2 * token), run([100, 110, 90, 480], 2),
+        run([120, 30, 20, 25, 120, 115, 118, 119, 126, 126, 130, 126], 4),
+        run([115, 20, 20, 20], 4), run([20, 20, 115, 20, 30, 30, 30, 30, 140], 4),
+        run([200, 150, 180, 400], 2), run([], 4), run([50] * 20, 4),
+        run([30, 20, 60, 10, 90, 10], 2, pair=token // 32),
+        run([5, 5, 5, 5, 300, 10], 2, token=1000, pair=3000),
+        run([40, 90, 12, 90, 60, 10, 64], 3, 2 * half, pair=token // 16, card=2),
+        run([70, 40], 2, 2**30 + 1, 1), run([10, 200, 10, 20], 2, 2**30 - 400, 1),
+        run([450, 460, 500, 511], 1), run([20, 20, 30, 520], 3), run([30, 10, 20, 15, 600], 2),
+        run(some(24), 4), run(some(20), 4, pair=rng.choice([0, 3000])),
+        run([9, 11, 13, 4, 5], 2, 3 * half, 20 * token, token // 4, 2),
+        run([33, 12, 40, 8], 2, 3 * half, 5 * token, token // 8, 2),
+        run([230, 10, 10], 2, 40 * 2**20, 2 * token), run([25, 30, 35, 5], 4, pair=token // 8)]
 
 # %% ../../../exercises/solutions/06_memory.ipynb #829edab2
-def _first(lengths, size, fixed, token, pair, card, rows=lambda batch, size: len(batch), longest=lambda batch, all: max(batch), tokens=None, pairs=None, fits=lambda need, card: need <= card * 2**30, first=0, drop=False, none=None, add=False):
+def _first(lengths, size, fixed, token, pair, card, rows=lambda batch, size: len(batch),
+           longest=lambda batch, lengths: max(batch), tokens=lambda batch, b, n: b * n,
+           pairs=lambda batch, b, n: b * n * n, fits=lambda need, card: need <= card * 2**30,
+           first=0, drop=False, none=None, add=False):
     batches, before = [lengths[i:i + size] for i in range(0, len(lengths), size)], 0
     if drop and batches and len(batches[-1]) < size:
         batches.pop()
     for number, batch in enumerate(batches, first):
         b, n = rows(batch, size), longest(batch, lengths)
-        run = token * (tokens(batch, b, n) if tokens else b * n) + pair * (pairs(batch, b, n) if pairs else b * n * n)
+        run = token * tokens(batch, b, n) + pair * pairs(batch, b, n)
         if not fits(fixed + run + before, card):
             return number
         if add:
             before += run
     return none
 
-@q3.mistake("padding costs nothing", "you add up the rows' own lengths. A batch is a rectangle: a short row is padded to the longest, and padding takes the same memory.")
+@q3.mistake("padding costs nothing",
+    "you add up the rows' own lengths. A batch is a rectangle: a short row is padded to the "
+    "longest, and padding takes the same memory.")
 def _(*args):
-    return _first(*args, tokens=lambda batch, b, n: sum(batch), pairs=lambda batch, b, n: sum(x * x for x in batch))
+    return _first(*args, tokens=lambda batch, b, n: sum(batch),
+                  pairs=lambda batch, b, n: sum(x * x for x in batch))
 
-@q3.mistake("padding has no pairs", "your tokens are padded and your pairs are not. Attention is computed for the padding, too: rows times the square of the longest.")
+@q3.mistake("padding has no pairs",
+    "your tokens are padded and your pairs are not. Attention is computed for the padding, too: "
+    "rows times the square of the longest.")
 def _(*args): return _first(*args, pairs=lambda batch, b, n: sum(x * x for x in batch))
 
 # %% ../../../exercises/solutions/06_memory.ipynb #389d5b4a
-@q3.mistake("one row", "you count the longest row alone; the batch holds several, all of that length.")
+@q3.mistake("one row",
+    "you count the longest row alone; the batch holds several, all of that length.")
 def _(*args): return _first(*args, rows=lambda batch, size: 1)
 
-@q3.mistake("pairs once a batch", "you count the pairs of one row; each row of the batch has its own.")
+@q3.mistake("pairs once a batch",
+    "you count the pairs of one row; each row of the batch has its own.")
 def _(*args): return _first(*args, pairs=lambda batch, b, n: n * n)
 
-@q3.mistake("pairs across rows", "you square the number of tokens in the batch. A token looks at the places of its own row only: rows times n · n.")
+@q3.mistake("pairs across rows",
+    "you square the number of tokens in the batch. A token looks at the places of its own row "
+    "only: rows times n · n.")
 def _(*args): return _first(*args, pairs=lambda batch, b, n: (b * n) ** 2)
 
-@q3.mistake("no pairs", "you leave out the pairs. With eager attention, they are what makes long rows dear.")
+@q3.mistake("no pairs",
+    "you leave out the pairs. With eager attention, they are what makes long rows dear.")
 def _(*args): return _first(*args, pairs=lambda batch, b, n: 0)
 
 # %% ../../../exercises/solutions/06_memory.ipynb #06627d07
-@q3.mistake("GB for GiB", "you take 10**9 bytes for a GiB. It has 2**30, which is 7 % more; a \"24 GB\" card has about 24 GiB.")
+@q3.mistake("GB for GiB",
+    "you take 10**9 bytes for a GiB. It has 2**30, which is 7 % more; a \"24 GB\" card has about "
+    "24 GiB.")
 def _(*args): return _first(*args, fits=lambda need, card: need <= card * 10**9)
 
 @q3.mistake("MB for GiB", "you take 2**20 bytes for a GiB. That is a MiB; a GiB has 2**30.")
 def _(*args): return _first(*args, fits=lambda need, card: need <= card * 2**20)
 
-@q3.mistake("a full card is too full", "what needs exactly the card's bytes does fit; yours says it does not (`>=` for `>`).")
+@q3.mistake("a full card is too full",
+    "what needs exactly the card's bytes does fit; yours says it does not (`>=` for `>`).")
 def _(*args): return _first(*args, fits=lambda need, card: need < card * 2**30)
 
-@q3.mistake("the last batch is full", "the last batch may have fewer rows than `batch_size`; count those that are there.")
+@q3.mistake("the last batch is full",
+    "the last batch may have fewer rows than `batch_size`; count those that are there.")
 def _(*args): return _first(*args, rows=lambda batch, size: size)
 
-@q3.mistake("the last batch is left out", "you leave out the last batch where it is smaller. It may hold the longest row of all.")
+@q3.mistake("the last batch is left out",
+    "you leave out the last batch where it is smaller. It may hold the longest row of all.")
 def _(*args): return _first(*args, drop=True)
 
-@q3.mistake("padded to the longest of all", "you pad every batch to the longest row of the whole data, or sort the rows so that it comes first. Batches come in the order of `lengths`, each padded to its own longest; that is why the run went well for so long.")
-def _(*args): return _first(*args, longest=lambda batch, all: max(all))
+@q3.mistake("padded to the longest of all",
+    "you pad every batch to the longest row of the whole data, or sort the rows so that it comes "
+    "first. Batches come in the order of `lengths`, each padded to its own longest; that is why "
+    "the run went well for so long.")
+def _(*args): return _first(*args, longest=lambda batch, lengths: max(lengths))
 
 @q3.mistake("the first row is the longest", "you take a batch's first row for its longest.")
-def _(*args): return _first(*args, longest=lambda batch, all: batch[0])
+def _(*args): return _first(*args, longest=lambda batch, lengths: batch[0])
 
-@q3.mistake("memory adds up", "in your function the batches add up. What a batch needed is free again before the next one; only `fixed` stays. (That it adds up is just what people suspect when they say \"leak\".)")
+@q3.mistake("memory adds up",
+    "in your function the batches add up. What a batch needed is free again before the next one; "
+    "only `fixed` stays. (That it adds up is just what people suspect when they say \"leak\".)")
 def _(*args): return _first(*args, add=True)
 
 # %% ../../../exercises/solutions/06_memory.ipynb #ba6648eb
-@q3.mistake("the largest instead of the first", "you give the largest batch. It may not be the first that is too large; the run does not come as far.")
+@q3.mistake("the largest instead of the first",
+    "you return the largest batch. It may not be the first that is too large; the run does not "
+    "come as far.")
 def _(lengths, size, *rest):
-    need = lambda batch: len(batch) * max(batch) * (rest[1] + max(batch) * rest[2])
-    return None if first_too_large(lengths, size, *rest) is None else max(range(math.ceil(len(lengths) / size)), key=lambda i: need(lengths[i * size:i * size + size]))
+    if first_too_large(lengths, size, *rest) is None:
+        return None
+    _, token, pair, _ = rest
+    def need(number):
+        batch = lengths[number * size:(number + 1) * size]
+        return len(batch) * max(batch) * (token + max(batch) * pair)
+    return max(range(math.ceil(len(lengths) / size)), key=need)
 
-@q3.mistake("sorted", "you sort the rows first. That is a good idea for a trial run, longest first; here they come in the order of `lengths`.")
+@q3.mistake("sorted",
+    "you sort the rows first. That is a good idea for a trial run, longest first; here they come "
+    "in the order of `lengths`.")
 def _(lengths, *rest): return first_too_large(sorted(lengths), *rest)
 
 @q3.mistake("counts from 1", "you count batches from 1; here the first is 0.")
 def _(*args): return _first(*args, first=1)
 
-@q3.mistake("the number of a row", "you give the number of a row; that of the batch is wanted.")
+@q3.mistake("the number of a row", "you return the number of a row; that of the batch is wanted.")
 def _(lengths, size, *rest):
     return None if (found := first_too_large(lengths, size, *rest)) is None else found * size
 
-@q3.mistake("-1 for none", "where all batches fit you give -1. As a place, -1 is the last batch; None says that there is none.")
+@q3.mistake("-1 for none",
+    "where all batches fit you return -1. As a place, -1 is the last batch; None says that there "
+    "is none.")
 def _(*args): return _first(*args, none=-1)
 
-@q3.mistake("only the batch counts", "you leave `fixed` out. Weights, gradients and optimiser lie on the card all the time.")
+@q3.mistake("only the batch counts",
+    "you leave `fixed` out. Weights, gradients and optimiser are on the card all the time.")
 def _(lengths, size, fixed, *rest): return _first(lengths, size, 0, *rest)
 
 # %% ../../../exercises/solutions/06_memory.ipynb #4dee6823
@@ -296,82 +444,131 @@ def fullest(saved, entering, every):
     "Bytes of activations at the fullest moment."
     # BEGIN SOLUTION
     segments = [sum(saved[i:i + every]) for i in range(0, len(saved), every)]
-    return max((number * entering + segment for number, segment in enumerate(segments, 1)), default=0)
+    needs = [number * entering + segment for number, segment in enumerate(segments, 1)]
+    return max(needs, default=0)
     # END SOLUTION
 
 # %% ../../../exercises/solutions/06_memory.ipynb #69962fae
-q4 = Question("memory.checkpointing", "When is memory fullest?", fullest, example=lambda: ([10, 10, 10, 10, 10], 2, 2), stars=3, minutes=20, hints=[
-    "Draw it for five layers and segments of two: what lies there at the end of the forward pass? And while the backward pass works on the last segment, the middle one, the first?",
-    "While it works on segment number s (the first is 1), what entered segments 1 to s is still there, and what entered later ones is gone.",
-    "So it is `s · entering` and the sum of `saved` in segment s; take the largest over all segments."])
+q4 = Question("memory.checkpointing", "When is memory fullest?", fullest,
+    example=lambda: ([10, 10, 10, 10, 10], 2, 2),
+    stars=3, minutes=20, hints=[
+        "Draw it for five layers and segments of two: what is there at the end of the forward "
+            "pass? And while the backward pass works on the last segment, the middle one, the "
+            "first?",
+        "While it works on segment number s (the first is 1), what entered segments 1 to s is "
+            "still there, and what entered later ones is gone.",
+        "So it is `s · entering` and the sum of `saved` in segment s; take the largest over all "
+            "segments.",
+    ])
 
 @q4.inputs
 def _(rng):
     layers = [rng.randint(10, 60) for _ in range(rng.randint(7, 11))]
-    return [([7], 3, 1), ([5, 5], 3, 1), ([5, 5, 5, 5], 3, 2), ([5, 5, 5, 5], 3, 4), ([5, 5, 5], 3, 9), ([50, 4, 4, 4, 4], 3, 2), ([4, 4, 9, 9, 4, 4], 6, 2), ([20, 20, 20, 20, 1], 2, 2), ([30, 1, 1, 28, 3, 3], 2, 3), ([1, 1, 1, 1, 1, 1, 1], 8, 3), ([], 4, 2),
-            ([10, 40, 10, 40, 10, 40], 5, 2), ([90, 5, 5, 5, 5, 5, 5, 5], 7, 1), ([6] * 12, 5, 4), (layers, rng.randint(5, 20), 2), (layers, rng.randint(5, 20), 3), (layers[::-1], rng.randint(5, 20), 4)]
+    return [
+        ([7], 3, 1), ([5, 5], 3, 1), ([5, 5, 5, 5], 3, 2), ([5, 5, 5, 5], 3, 4), ([5, 5, 5], 3, 9),
+        ([50, 4, 4, 4, 4], 3, 2), ([4, 4, 9, 9, 4, 4], 6, 2), ([20, 20, 20, 20, 1], 2, 2),
+        ([30, 1, 1, 28, 3, 3], 2, 3), ([1, 1, 1, 1, 1, 1, 1], 8, 3), ([], 4, 2),
+        ([10, 40, 10, 40, 10, 40], 5, 2), ([90, 5, 5, 5, 5, 5, 5, 5], 7, 1), ([6] * 12, 5, 4),
+        (layers, rng.randint(5, 20), 2), (layers, rng.randint(5, 20), 3),
+        (layers[::-1], rng.randint(5, 20), 4)]
 
 # %% ../../../exercises/solutions/06_memory.ipynb #4a8dc4a6
-def _fullest(saved, entering, every, kept=lambda number, segments: number, work=sum, take=max, rest=True):
+def _fullest(saved, entering, every, kept=lambda number, segments: number, work=sum, take=max,
+             rest=True):
     segments = [saved[i:i + every] for i in range(0, len(saved), every)]
-    if not rest and len(segments[-1:]) and len(segments[-1]) < every:
+    if not rest and segments and len(segments[-1]) < every:
         segments.pop()
-    return take([kept(number, len(segments)) * entering + work(segment) for number, segment in enumerate(segments, 1)] or [0])
+    needs = [kept(number, len(segments)) * entering + work(segment)
+             for number, segment in enumerate(segments, 1)]
+    return take(needs or [0])
 
-@q4.mistake("nothing is computed anew", "you count what the forward pass keeps and no more. The backward pass computes a segment anew, and then all that its layers save is there: often the larger part. Hooks in the forward pass do not see it.")
+@q4.mistake("nothing is computed anew",
+    "you count what the forward pass keeps and no more. The backward pass computes a segment "
+    "anew, and then all that its layers save is there: often the larger part. Hooks in the "
+    "forward pass do not see it.")
 def _(saved, entering, every): return math.ceil(len(saved) / every) * entering
 
-@q4.mistake("nothing is kept", "you count the largest segment alone; what enters the segments has to be kept as well, or there would be nothing to compute from.")
+@q4.mistake("nothing is kept",
+    "you count the largest segment alone; what enters the segments has to be kept as well, or "
+    "there would be nothing to compute from.")
 def _(*args): return _fullest(*args, kept=lambda number, segments: 0)
 
-@q4.mistake("nothing is freed on the way", "you add the largest segment to everything that was kept. When the backward pass comes to an early segment, what entered the later ones is gone.")
+@q4.mistake("nothing is freed on the way",
+    "you add the largest segment to everything that was kept. When the backward pass comes to an "
+    "early segment, what entered the later ones is gone.")
 def _(*args): return _fullest(*args, kept=lambda number, segments: segments)
 
-@q4.mistake("freed from the front", "you free what was kept from the front. The backward pass begins at the end: at segment s the ones *after* it are done.")
+@q4.mistake("freed from the front",
+    "you free what was kept from the front. The backward pass begins at the end: at segment s the "
+    "ones *after* it are done.")
 def _(*args): return _fullest(*args, kept=lambda number, segments: segments - number + 1)
 
 # %% ../../../exercises/solutions/06_memory.ipynb #97f8d7ca
-@q4.mistake("what entered it is freed too early", "what entered a segment is needed to compute it anew, and is there until the backward pass is through with the segment: s of them, not s - 1.")
+@q4.mistake("what entered it is freed too early",
+    "what entered a segment is needed to compute it anew, and is there until the backward pass is "
+    "through with the segment: s of them, not s - 1.")
 def _(*args): return _fullest(*args, kept=lambda number, segments: number - 1)
 
-@q4.mistake("one layer at a time", "you count one layer of a segment (the largest). All layers of a segment are computed anew before its backward pass can begin, and all they save is there at once.")
+@q4.mistake("one layer at a time",
+    "you count one layer of a segment (the largest). All layers of a segment are computed anew "
+    "before its backward pass can begin, and all they save is there at once.")
 def _(*args): return _fullest(*args, work=max)
 
-@q4.mistake("only the last segment", "you look at the moment at which the backward pass begins. A large segment further to the front may need more, although less is kept by then.")
+@q4.mistake("only the last segment",
+    "you look at the moment at which the backward pass begins. A large segment further to the "
+    "front may need more, although less is kept by then.")
 def _(*args): return _fullest(*args, take=lambda needs: needs[-1])
 
-@q4.mistake("only the first segment", "you look at the end of the backward pass. While it works on later segments more is kept, and they may be larger.")
+@q4.mistake("only the first segment",
+    "you look at the end of the backward pass. While it works on later segments more is kept, and "
+    "they may be larger.")
 def _(*args): return _fullest(*args, take=lambda needs: needs[0])
 
 # %% ../../../exercises/solutions/06_memory.ipynb #68623b3a
-@q4.mistake("as without checkpointing", "you add up what all layers save. That is how it is without checkpointing; here only one segment's is there at a time.")
+@q4.mistake("as without checkpointing",
+    "you add up what all layers save. That is how it is without checkpointing; here only one "
+    "segment's is there at a time.")
 def _(saved, entering, every): return math.ceil(len(saved) / every) * entering + sum(saved)
 
-@q4.mistake("an input for each layer", "you keep what enters every layer; only what enters a segment of `every` layers is kept.")
+@q4.mistake("an input for each layer",
+    "you keep what enters every layer; only what enters a segment of `every` layers is kept.")
 def _(saved, entering, every):
-    return _fullest(saved, entering, every, kept=lambda number, segments: min(number * every, len(saved)))
+    def kept(number, segments): return min(number * every, len(saved))
+    return _fullest(saved, entering, every, kept)
 
-@q4.mistake("the last layers are missing", "the last segment is shorter where the layers do not divide evenly; you leave it out.")
+@q4.mistake("the last layers are missing",
+    "the last segment is shorter where the layers do not divide evenly; you leave it out.")
 def _(*args): return _fullest(*args, rest=False)
 
-@q4.mistake("so many segments", "you take `every` for the number of segments; it is the number of layers in one. (PyTorch's `checkpoint_sequential` does take the number of segments: a common mix-up.)")
+@q4.mistake("so many segments",
+    "you take `every` for the number of segments; it is the number of layers in one. (PyTorch's "
+    "`checkpoint_sequential` does take the number of segments: a common mix-up.)")
 def _(saved, entering, every):
     return _fullest(saved, entering, max(1, math.ceil(len(saved) / every)))
 
-@q4.mistake("the short segment first", "your first segment is the shorter one. Segments are counted off from the front; what is left is the last.")
+@q4.mistake("the short segment first",
+    "your first segment is the shorter one. Segments are counted off from the front; what is left "
+    "is the last.")
 def _(saved, entering, every):
     left = len(saved) % every
-    return max([number * entering + sum(segment) for number, segment in enumerate([saved[:left]] * bool(left) + [saved[i:i + every] for i in range(left, len(saved), every)], 1)] or [0])
+    segments = [saved[i:i + every] for i in range(left, len(saved), every)]
+    if left:
+        segments.insert(0, saved[:left])
+    needs = [number * entering + sum(segment) for number, segment in enumerate(segments, 1)]
+    return max(needs, default=0)
 
 # %% ../../../exercises/solutions/06_memory.ipynb #93c88546
-@q4.mistake("all layers alike", "you take all layers to be alike (as large as the first, or as the mean).")
+@q4.mistake("all layers alike",
+    "you take all layers to be alike (as large as the first, or as the mean).")
 def _(saved, entering, every): return _fullest(saved[:1] * len(saved), entering, every)
 
-@q4.mistake("all layers like the mean", "you take all layers to be alike (as large as the first, or as the mean).")
+@q4.mistake("all layers like the mean",
+    "you take all layers to be alike (as large as the first, or as the mean).")
 def _(saved, entering, every):
     return _fullest([sum(saved) / len(saved)] * len(saved), entering, every) if saved else 0
 
-@q4.mistake("fails without layers", "no layers, no bytes: 0. Yours ends with an error (`max` of nothing).")
+@q4.mistake("fails without layers",
+    "no layers, no bytes: 0. Yours ends with an error (`max` of nothing).")
 def _(saved, entering, every): return _fullest(saved, entering, every) if saved else max(saved)
 
 # %% ../../../exercises/solutions/06_memory.ipynb #a7b575d1
@@ -382,7 +579,8 @@ def chunked_loss(hidden, labels, head, rows):
     hidden, labels = hidden[:-1], labels[1:]
     total = hidden.new_zeros(())
     for i in range(0, len(labels), rows):
-        total = total + F.cross_entropy(head(hidden[i:i + rows]), labels[i:i + rows], reduction="sum")
+        logits = head(hidden[i:i + rows])
+        total = total + F.cross_entropy(logits, labels[i:i + rows], reduction="sum")
     return total / (labels != -100).sum().clamp(min=1)
     # END SOLUTION
 
@@ -392,26 +590,45 @@ class _Head:
     def __init__(self, weight, rows): self.weight, self.rows = weight, rows
     def __call__(self, hidden):
         if hidden.numel() > self.rows * self.weight.shape[1]:
-            raise MemoryError(f"no room for the logits of {hidden.shape[0]} rows, only for {self.rows}")
+            raise MemoryError(
+                f"no room for the logits of {hidden.shape[0]} rows, only for {self.rows}")
         return hidden @ self.weight.T
     def __eq__(self, other):
-        return isinstance(other, _Head) and self.rows == other.rows and self.weight.equal(other.weight)
+        if not isinstance(other, _Head):
+            return False
+        return self.rows == other.rows and self.weight.equal(other.weight)
     def __repr__(self):
-        return f"<a head for {len(self.weight)} tokens, {self.rows} row{'s' * (self.rows > 1)} at a time>"
+        rows = f"{self.rows} row{'s' * (self.rows > 1)}"
+        return f"<a head for {len(self.weight)} tokens, {rows} at a time>"
 
 def _text(rng, labels, rows, width=2, vocabulary=4): # as arguments
-    return _random(rng, len(labels), width).round(decimals=2), _tensor(labels), _Head(2 * _random(rng, vocabulary, width).round(decimals=1), rows), rows
+    hidden = _random(rng, len(labels), width).round(decimals=2)
+    weight = 2 * _random(rng, vocabulary, width).round(decimals=1)
+    return hidden, _tensor(labels), _Head(weight, rows), rows
 
-q5 = Question("memory.chunked_loss", "A loss without its logits", chunked_loss, example=lambda: (_tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0], [0.0, 0.0]]), _tensor([-100, -100, 1, 0]), _Head(_tensor([[1.0, 0.0], [0.0, 2.0], [1.0, -1.0]]), 2), 2), stars=3, minutes=20, hints=[
-    "Shift first, for the whole text: `hidden[:-1]` belongs to `labels[1:]`. Then cut both at the same places.",
-    "Pieces have different numbers of targets, so their means cannot be averaged. Add up sums (`reduction=\"sum\"`), and divide once, at the end.",
-    "The number of targets is that of the labels that are not -100, after the shift. It can be 0: `clamp(min=1)`."])
+q5 = Question("memory.chunked_loss", "A loss without its logits", chunked_loss,
+    example=lambda: (
+        _tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0], [0.0, 0.0]]), _tensor([-100, -100, 1, 0]),
+        _Head(_tensor([[1.0, 0.0], [0.0, 2.0], [1.0, -1.0]]), 2), 2),
+    stars=3, minutes=20, hints=[
+        "Shift first, for the whole text: `hidden[:-1]` belongs to `labels[1:]`. Then cut both at "
+            "the same places.",
+        "Pieces have different numbers of targets, so their means cannot be averaged. Add up sums "
+            "(`reduction=\"sum\"`), and divide once, at the end.",
+        "The number of targets is that of the labels that are not -100, after the shift. It can "
+            "be 0: `clamp(min=1)`.",
+    ])
 
 @q5.inputs
 def _(rng):
-    tokens = lambda n, masked=0: [-100] * masked + [rng.randrange(4) for _ in range(n)]
-    return [_text(rng, *args) for args in [([2, 1], 1), ([2, 1, 0], 2), (tokens(5), 2), (tokens(6), 5), (tokens(6), 9), (tokens(4, 3), 2), (tokens(3, 5), 2), ([1, 2, -100, 3, -100, -100, 0], 3), ([-100] * 4, 2), ([3], 2), ([3, -100, -100], 1), (tokens(5), 1), (tokens(rng.randint(6, 8), rng.randint(1, 4)), 3), (tokens(rng.randint(8, 11)), 4),
-            ([-100, 0, 2, -100, -100, -100, 1, 3, 2], 4)]]
+    def tokens(n, masked=0): return [-100] * masked + [rng.randrange(4) for _ in range(n)]
+    texts = [
+        ([2, 1], 1), ([2, 1, 0], 2), (tokens(5), 2), (tokens(6), 5), (tokens(6), 9),
+        (tokens(4, 3), 2), (tokens(3, 5), 2), ([1, 2, -100, 3, -100, -100, 0], 3),
+        ([-100] * 4, 2), ([3], 2), ([3, -100, -100], 1), (tokens(5), 1),
+        (tokens(rng.randint(6, 8), rng.randint(1, 4)), 3), (tokens(rng.randint(8, 11)), 4),
+        ([-100, 0, 2, -100, -100, -100, 1, 3, 2], 4)]
+    return [_text(rng, labels, rows) for labels, rows in texts]
 
 # %% ../../../exercises/solutions/06_memory.ipynb #51a6a527
 def _ce(*args, **kwargs):
@@ -420,73 +637,113 @@ def _ce(*args, **kwargs):
 
 def _whole(hidden, head): return hidden @ head.weight.T
 
-def _losses(hidden, labels, head): # of all targets; and which labels are targets
-    return _ce(_whole(hidden[:-1], head), labels[1:], reduction="none") if len(labels) > 1 else hidden.new_zeros(0)
+def _losses(hidden, labels, head): # of all rows that have a next label, 0 where it is masked
+    if len(labels) < 2:
+        return hidden.new_zeros(0)
+    return _ce(_whole(hidden[:-1], head), labels[1:], reduction="none")
 
 def _share(hidden, labels, head, by): return _losses(hidden, labels, head).sum() / max(by, 1)
 
-def _pieces(hidden, labels, head, rows): # mean and number of targets of each piece
-    return [(_ce(_whole(h, head), l), (l != -100).sum()) for h, l in zip(hidden[:-1].split(rows), labels[1:].split(rows))] if len(labels) > 1 else []
+def _pieces(hidden, labels, head, rows): # of each piece: mean, number of targets, number of rows
+    if len(labels) < 2:
+        return []
+    cut = zip(hidden[:-1].split(rows), labels[1:].split(rows))
+    return [(_ce(_whole(h, head), l), (l != -100).sum(), len(l)) for h, l in cut]
 
-def _mean(values, hidden): return sum(values, hidden.new_zeros(())) / max(len(values), 1)
+def _targets(labels): return (labels != -100).sum()
+def _sum(values, hidden): return sum(values, hidden.new_zeros(()))
+def _mean(values, hidden): return _sum(values, hidden) / max(len(values), 1)
 
 # %% ../../../exercises/solutions/06_memory.ipynb #be9ceacf
-@q5.mistake("all at once", "you give `head` the whole text at once, and there is no room for so many logits. At most `rows` rows at a time.")
+@q5.mistake("all at once",
+    "you give `head` the whole text at once, and there is no room for so many logits. At most "
+    "`rows` rows at a time.")
 def _(hidden, labels, head, rows):
     if len(labels) - 1 > rows:
         raise MemoryError
     return chunked_loss(hidden, labels, head, rows)
 
-@q5.mistake("mean of means", "you average the means of the pieces. A piece with few targets gets the same vote as one with many: add up sums, and divide once at the end.")
+@q5.mistake("mean of means",
+    "you average the means of the pieces. A piece with few targets gets the same vote as one with "
+    "many: add up sums, and divide once at the end.")
 def _(hidden, labels, head, rows):
-    return _mean([mean for mean, n in _pieces(hidden, labels, head, rows) if n], hidden)
+    return _mean([mean for mean, n, _ in _pieces(hidden, labels, head, rows) if n], hidden)
 
-@q5.mistake("mean of means, empty pieces too", "you average the means of the pieces, and a piece without targets counts as a loss of 0. Add up sums, and divide once at the end, by the number of targets.")
+@q5.mistake("mean of means, empty pieces too",
+    "you average the means of the pieces, and a piece without targets counts as a loss of 0. Add "
+    "up sums, and divide once at the end, by the number of targets.")
 def _(hidden, labels, head, rows):
-    return _mean([mean if n else 0 * hidden.sum() for mean, n in _pieces(hidden, labels, head, rows)], hidden)
+    pieces = _pieces(hidden, labels, head, rows)
+    return _mean([mean if n else 0 * hidden.sum() for mean, n, _ in pieces], hidden)
 
-@q5.mistake("means of all rows weighted alike", "you take the mean of each piece times its number of rows. The mean is over targets: weigh it by their number, or add up sums.")
+@q5.mistake("means of all rows weighted alike",
+    "you take the mean of each piece times its number of rows. The mean is over targets: weigh it "
+    "by their number, or add up sums.")
 def _(hidden, labels, head, rows):
-    return sum((mean * len(l) for (mean, n), l in zip(_pieces(hidden, labels, head, rows), labels[1:].split(rows)) if n), hidden.new_zeros(())) / max(len(labels) - 1, 1)
+    pieces = _pieces(hidden, labels, head, rows)
+    total = _sum((mean * length for mean, n, length in pieces if n), hidden)
+    return total / max(len(labels) - 1, 1)
 
 # %% ../../../exercises/solutions/06_memory.ipynb #936e309b
-@q5.mistake("shifted in every piece", "you shift inside of each piece, so at each cut one target is lost. Shift once, before you cut.")
+@q5.mistake("shifted in every piece",
+    "you shift inside of each piece, so at each cut one target is lost. Shift once, before you "
+    "cut.")
 def _(hidden, labels, head, rows):
-    kept = [_losses(h, l, head) for h, l in zip(hidden.split(rows), labels.split(rows))]
-    return sum((k.sum() for k in kept), hidden.new_zeros(())) / max(sum((l[1:] != -100).sum().item() for l in labels.split(rows)), 1)
+    cut = labels.split(rows)
+    kept = [_losses(h, l, head).sum() for h, l in zip(hidden.split(rows), cut)]
+    return _sum(kept, hidden) / max(sum(_targets(l[1:]).item() for l in cut), 1)
 
-@q5.mistake("no shift", "you compare a row with its own label, which the model has just read. A row speaks of the next: `hidden[:-1]` belongs to `labels[1:]`.")
+@q5.mistake("no shift",
+    "you compare a row with its own label, which the model has just read. A row speaks of the "
+    "next: `hidden[:-1]` belongs to `labels[1:]`.")
 def _(hidden, labels, head, rows):
     return _ce(_whole(hidden, head), labels, reduction="sum") / (labels != -100).sum().clamp(min=1)
 
-@q5.mistake("shifted the wrong way", "you shifted, but the wrong way: a row is compared with the label *before* it. `hidden[:-1]` belongs to `labels[1:]`.")
+@q5.mistake("shifted the wrong way",
+    "you shifted, but the wrong way: a row is compared with the label *before* it. `hidden[:-1]` "
+    "belongs to `labels[1:]`.")
 def _(hidden, labels, head, rows):
-    return _ce(_whole(hidden[1:], head), labels[:-1], reduction="sum") / (labels[:-1] != -100).sum().clamp(min=1)
+    total = _ce(_whole(hidden[1:], head), labels[:-1], reduction="sum")
+    return total / _targets(labels[:-1]).clamp(min=1)
 
-@q5.mistake("masked rows taken out before the shift", "you take the masked rows out first and shift afterwards, so labels move to other rows: the first target is now predicted by nobody. Shift, then leave out.")
+@q5.mistake("masked rows taken out before the shift",
+    "you take the masked rows out first and shift afterwards, so labels move to other rows: the "
+    "first target is now predicted by nobody. Shift, then leave out.")
 def _(hidden, labels, head, rows):
     return chunked_loss(hidden[labels != -100], labels[labels != -100], head, rows)
 
 @q5.mistake("only the last piece", "your sum holds the last piece alone: it begins anew with each.")
 def _(hidden, labels, head, rows):
-    return chunked_loss(hidden[(n := max(len(labels) - 2, 0) // rows * rows):], labels[n:], head, rows) * (labels[n + 1:] != -100).sum() / (labels[1:] != -100).sum().clamp(min=1)
+    n = max(len(labels) - 2, 0) // rows * rows
+    last = chunked_loss(hidden[n:], labels[n:], head, rows)
+    return last * _targets(labels[n + 1:]) / _targets(labels[1:]).clamp(min=1)
 
-@q5.mistake("the last piece is missing", "what is left after the last full piece is missing. The last piece may be shorter.")
+@q5.mistake("the last piece is missing",
+    "what is left after the last full piece is missing. The last piece may be shorter.")
 def _(hidden, labels, head, rows):
-    return chunked_loss(hidden[:(n := (len(labels) - 1) // rows * rows) + 1], labels[:n + 1], head, rows)
+    n = (len(labels) - 1) // rows * rows + 1
+    return chunked_loss(hidden[:n], labels[:n], head, rows)
 
 # %% ../../../exercises/solutions/06_memory.ipynb #8fd20050
-@q5.mistake("the last piece counts, its losses do not", "what is left after the last full piece is missing in the sum.")
+@q5.mistake("the last piece counts, its losses do not",
+    "what is left after the last full piece is missing in the sum.")
 def _(hidden, labels, head, rows):
-    return chunked_loss(hidden[:(n := (len(labels) - 1) // rows * rows) + 1], labels[:n + 1], head, rows) * (labels[1:n + 1] != -100).sum() / (labels[1:] != -100).sum().clamp(min=1)
+    n = (len(labels) - 1) // rows * rows + 1
+    found = chunked_loss(hidden[:n], labels[:n], head, rows)
+    return found * _targets(labels[1:n]) / _targets(labels[1:]).clamp(min=1)
 
-@q5.mistake("divided by all rows", "you divide by the number of rows. Rows with the label -100 are not learned and do not count.")
+@q5.mistake("divided by all rows",
+    "you divide by the number of rows. Rows with the label -100 are not learned and do not count.")
 def _(hidden, labels, head, rows): return _share(hidden, labels, head, len(labels) - 1)
 
-@q5.mistake("divided by the whole length", "you divide by the length of the text; divide by the number of targets, which are the labels after the shift that are not -100.")
+@q5.mistake("divided by the whole length",
+    "you divide by the length of the text; divide by the number of targets, which are the labels "
+    "after the shift that are not -100.")
 def _(hidden, labels, head, rows): return _share(hidden, labels, head, len(labels))
 
-@q5.mistake("targets counted before the shift", "you count the targets before the shift. The first label has no row that speaks of it, so it is none.")
+@q5.mistake("targets counted before the shift",
+    "you count the targets before the shift. The first label has no row that speaks of it, so it "
+    "is none.")
 def _(hidden, labels, head, rows):
     return _share(hidden, labels, head, (labels != -100).sum().item())
 
@@ -494,35 +751,73 @@ def _(hidden, labels, head, rows):
 @q5.mistake("a sum", "that is the sum; the mean divides by the number of targets.")
 def _(hidden, labels, head, rows): return _share(hidden, labels, head, 1)
 
-@q5.mistake("divided by the pieces", "you divide the sum of all losses by the number of pieces; divide by the number of targets.")
+@q5.mistake("divided by the pieces",
+    "you divide the sum of all losses by the number of pieces; divide by the number of targets.")
 def _(hidden, labels, head, rows):
     return _share(hidden, labels, head, math.ceil((len(labels) - 1) / rows))
 
-@q5.mistake("a piece without targets is NaN", "a piece without targets makes everything NaN: its mean is 0 divided by 0, and NaN times 0 stays NaN. Add up sums.")
+@q5.mistake("a piece without targets is NaN",
+    "a piece without targets makes everything NaN: its mean is 0 divided by 0, and NaN times 0 "
+    "stays NaN. Add up sums.")
 def _(hidden, labels, head, rows):
-    return sum((mean * n for mean, n in _pieces(hidden, labels, head, rows)), hidden.new_zeros(())) / max((labels[1:] != -100).sum().item(), 1)
+    total = _sum((mean * n for mean, n, _ in _pieces(hidden, labels, head, rows)), hidden)
+    return total / max(_targets(labels[1:]).item(), 1)
 
-@q5.mistake("nothing to learn is NaN", "where no label is a target you divide 0 by 0. The loss is 0 there.")
+@q5.mistake("nothing to learn is NaN",
+    "where no label is a target you divide 0 by 0. The loss is 0 there.")
 def _(hidden, labels, head, rows):
-    return chunked_loss(hidden, labels, head, rows) if (labels[1:] != -100).any() else hidden.new_tensor(math.nan)
+    if not (labels[1:] != -100).any():
+        return hidden.new_tensor(math.nan)
+    return chunked_loss(hidden, labels, head, rows)
 
-@q5.mistake("-100 is learned as token 0", "you make a token 0 of -100, so the model learns what it should not. Leave these rows out: `cross_entropy` does it by itself (`ignore_index` is -100).")
+@q5.mistake("-100 is learned as token 0",
+    "you make a token 0 of -100, so the model learns what it should not. Leave these rows out: "
+    "`cross_entropy` does it by itself (`ignore_index` is -100).")
 def _(hidden, labels, head, rows): return chunked_loss(hidden, labels.clamp(min=0), head, rows)
 
-@q5.mistake("-100 is taken for a place", "you look up the probability at the place -100, which there is not. Rows with this label are to be left out.")
+@q5.mistake("-100 is taken for a place",
+    "you look up the probability at the place -100, which there is not. Rows with this label are "
+    "to be left out.")
 def _(hidden, labels, head, rows):
     if (labels[1:] == -100).any():
         raise IndexError
     return chunked_loss(hidden, labels, head, rows)
 
 # %% ../../../exercises/solutions/06_memory.ipynb #847debf5
-q6 = OpenQuestion("memory.sixteen_of_24", "Sixteen of twenty-four", stars=2, minutes=12, rubric=[
-    "60 GB for 7B is weights, gradients and both means all in 16 bits (8 bytes a parameter, 56 GB). Ordinary mixed precision is 16 bytes: 112 GB, before any activation.",
-    "The blog's figures name neither batch nor length. Frozen weights need activations all the same, as the gradient has to pass through them; they grow with batch times length, so 16 GB says nothing about 4 rows of 8,192.",
-    "The weights of 8B in bfloat16 are 16 GB by themselves; and the logits of 4 x 8,192 rows times 128,000 are 8.4 GB in 16 bits and 16.8 GB in float32; at the peak there are three such in float32, 50 GB, if nothing is done about them.",
-    "65B in 4 bits, constants doubly quantised, weigh 33.5 GB: more than 24 GB. The QLoRA paper says one card of 48 GB.",
-    "What to do: batch size 1 with accumulation, checkpointing, a fused or chunked loss, shorter rows, QLoRA if it must be; reckon each term, then measure the peak on the longest batch first, and leave room for what no formula counts (CUDA's own memory, fragments)."],
-    model="The 60 GB are 8 bytes a parameter, with everything in 16 bits; mixed precision as most trainers do it takes 16, which is 112 GB for 7B before a single activation. None of the three figures says for which batch and length it holds, and that decides: with LoRA the frozen weights have no gradients and no means, but the activations are there all the same. "
-          "For your 8B model the weights alone take 16 GB in bfloat16. The logits of 4 x 8,192 rows, each 128,000 wide, take 8.4 GB in 16 bits, and in float32, three times over at the peak, 50 GB, so the 8 GB are gone before one layer's activations are counted. The 65B claim is wrong as well: at 0.516 bytes a parameter it weighs 33.5 GB, and the paper speaks of one 48 GB card. "
-          "I would take batch size 1 with 4 accumulation steps, checkpointing, and a loss that never makes all logits; if the estimate is still near 24 GB, QLoRA, or shorter rows. And I would begin with the longest batch and look at the peak, because the card also holds things that no formula has, and it is better to fail in the first minute than at step 713.",
-    hints=["Take each figure of the blog apart: bytes a parameter, times parameters. What is left for activations?", "How many logits are 4 x 8,192 x 128,000? In which dtype are they when the loss is computed?"])
+q6 = OpenQuestion("memory.sixteen_of_24", "Sixteen of twenty-four",
+    stars=2, minutes=12, rubric=[
+        "60 GB for 7B is weights, gradients and both means all in 16 bits (8 bytes a parameter, "
+            "56 GB). Ordinary mixed precision is 16 bytes: 112 GB, before any activation.",
+        "The blog's figures name neither batch nor length. Frozen weights need activations all "
+            "the same, as the gradient has to pass through them; they grow with batch times "
+            "length, so 16 GB says nothing about 4 rows of 8,192.",
+        "The weights of 8B in bfloat16 are 16 GB by themselves; and the logits of 4 x 8,192 rows "
+            "times 128,000 are 8.4 GB in 16 bits and 16.8 GB in float32; at the peak there are "
+            "three such in float32, 50 GB, if nothing is done about them.",
+        "65B in 4 bits, constants doubly quantised, weigh 33.5 GB: more than 24 GB. The QLoRA "
+            "paper says one card of 48 GB.",
+        "What to do: batch size 1 with accumulation, checkpointing, a fused or chunked loss, "
+            "shorter rows, QLoRA if it must be; reckon each term, then measure the peak on the "
+            "longest batch first, and leave room for what no formula counts (CUDA's own memory, "
+            "fragments).",
+    ],
+    model=(
+        "The 60 GB are 8 bytes a parameter, with everything in 16 bits; mixed precision as most "
+        "trainers do it takes 16, which is 112 GB for 7B before a single activation. None of the "
+        "three figures says for which batch and length it holds, and that decides: with LoRA the "
+        "frozen weights have no gradients and no means, but the activations are there all the "
+        "same. For your 8B model the weights alone take 16 GB in bfloat16. The logits of 4 x "
+        "8,192 rows, each 128,000 wide, take 8.4 GB in 16 bits, and in float32, three times over "
+        "at the peak, 50 GB, so the 8 GB are gone before one layer's activations are counted. "
+        "The 65B claim is wrong as well: at 0.516 bytes a parameter it weighs 33.5 GB, and the "
+        "paper speaks of one 48 GB card. I would take batch size 1 with 4 accumulation steps, "
+        "checkpointing, and a loss that never makes all logits; if the estimate is still near 24 "
+        "GB, QLoRA, or shorter rows. And I would begin with the longest batch and look at the "
+        "peak, because the card also holds things that no formula has, and it is better to fail "
+        "in the first minute than at step 713."),
+    hints=[
+        "Take each figure of the blog apart: bytes a parameter, times parameters. What is left "
+            "for activations?",
+        "How many logits are 4 x 8,192 x 128,000? In which dtype are they when the loss is "
+            "computed?",
+    ])

@@ -6,12 +6,22 @@
 __all__ = ['LESSON', 'q1', 'q2', 'q3', 'q4', 'q5', 'q6']
 
 # %% ../../../exercises/solutions/03_templates.ipynb #989e7055
+import re
+
 from ..exercises import OpenQuestion, Question
 
 LESSON = "03 Chat templates"
 
 def _talk(*turns): # ("user", "Hi"), … as messages
     return [dict(role=role, content=content) for role, content in turns]
+
+def _say(rng, *ends): # something to say, with white space that has to stay
+    start = rng.choice(["a", " B", "\nc ", "D d"])
+    return start + str(rng.randrange(100)) + rng.choice(ends)
+
+def _talks(say, *shapes): # "sua": system, user, assistant
+    roles = dict(s="system", u="user", a="assistant")
+    return [_talk(*((roles[letter], say()) for letter in shape)) for shape in shapes]
 
 # %% ../../../exercises/solutions/03_templates.ipynb #45ebbef6
 def chat_prompt(messages):
@@ -24,65 +34,112 @@ def chat_prompt(messages):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/03_templates.ipynb #202b23c5
-q1 = Question("templates.chat_prompt", "An answer that has begun", chat_prompt, example=lambda: (_talk(("system", "Answer in JSON."), ("user", "What is the capital of Peru?"), ("assistant", '{"answer":')),), stars=1, minutes=8, hints=[
-    "Write every turn in full first. What is too much at the end then, and when?",
-    "After a begun answer comes nothing at all: no `<|im_end|>`, no line end, no second head.",
-    "`text.removesuffix(\"<|im_end|>\\n\")` takes the end of the last turn away, and nothing else."])
+q1 = Question("templates.chat_prompt", "An answer that has begun", chat_prompt,
+    stars=1, minutes=8,
+    example=lambda: (_talk(
+        ("system", "Answer in JSON."),
+        ("user", "What is the capital of Peru?"),
+        ("assistant", '{"answer":')),),
+    hints=[
+        "Write every turn in full first. What is too much at the end then, and when?",
+        ("After a begun answer comes nothing at all: no `<|im_end|>`, no line end, "
+         "no second head."),
+        ("`text.removesuffix(\"<|im_end|>\\n\")` takes the end of the last turn away, "
+         "and nothing else.")])
 
 @q1.inputs
 def _(rng):
-    short = dict(s="system", u="user", a="assistant")
-    say = lambda: rng.choice(["a", " B", "\nc ", "D d"]) + str(rng.randrange(100)) + rng.choice(["", " ", "\n", " e\n\n"])
-    talks = [_talk(*((short[c], say()) for c in roles)) for roles in ("u", "su", "ua", "sua", "uau", "suau", "uaua", "suaua")]
-    return [(talk,) for talk in talks + [_talk(("user", say()), ("assistant", "")), _talk(("user", ""),), _talk(("user", say()), ("assistant", "I think "))]]
+    def say(): return _say(rng, "", " ", "\n", " e\n\n")
+    talks = _talks(say, "u", "su", "ua", "sua", "uau", "suau", "uaua", "suaua")
+    talks += [
+        _talk(("user", say()), ("assistant", "")),
+        _talk(("user", "")),
+        _talk(("user", say()), ("assistant", "I think "))]
+    return [(talk,) for talk in talks]
 
 # %% ../../../exercises/solutions/03_templates.ipynb #11aca9d3
-def _chatml(messages, head="\n", end="<|im_end|>\n", prompt="<|im_start|>assistant\n", begun="", say=lambda text: text):
+def _chatml(
+    messages, # at least one
+    head="\n", # behind the role
+    end="<|im_end|>\n", # behind each turn that is complete
+    prompt="<|im_start|>assistant\n", # behind all, where the user spoke last
+    begun="", # behind a begun answer
+    say=lambda text: text, # what becomes of a content
+):
     closed = end.join(f"<|im_start|>{m['role']}{head}{say(m['content'])}" for m in messages)
     return closed + (begun if messages[-1]["role"] == "assistant" else end + prompt)
 
-@q1.mistake("the system turn is lost", "the system text is missing. In ChatML the system has a turn like everybody else.")
+@q1.mistake("the system turn is lost",
+    "the system text is missing. In ChatML the system has a turn like everybody else.")
 def _(messages): return _chatml([m for m in messages if m["role"] != "system"])
 
-@q1.mistake("no line end after the role", "between the role and the content a line end belongs, not a space and not nothing: in training it stood there in every turn.")
+@q1.mistake("no line end after the role",
+    "between the role and the content a line end belongs, not a space and not nothing: "
+    "in training it stood there in every turn.")
 def _(messages): return _chatml(messages, head="", prompt="<|im_start|>assistant")
 
-@q1.mistake("no line end after <|im_end|>", "after `<|im_end|>` a line end is missing. The model has seen one there every time.")
+@q1.mistake("no line end after <|im_end|>",
+    "after `<|im_end|>` a line end is missing. The model has seen one there every time.")
 def _(messages): return _chatml(messages, end="<|im_end|>")
 
-@q1.mistake("no generation prompt", "where the user spoke last, the assistant's turn is not opened; the model may go on with any role it likes.")
+@q1.mistake("no generation prompt",
+    "where the user spoke last, the assistant's turn is not opened; "
+    "the model may go on with any role it likes.")
 def _(messages): return _chatml(messages, prompt="")
 
-@q1.mistake("the generation prompt ends too early", "the generation prompt lacks the line end behind `assistant`. In training the answer began after it, on a new line.")
+@q1.mistake("the generation prompt ends too early",
+    "the generation prompt lacks the line end behind `assistant`. "
+    "In training the answer began after it, on a new line.")
 def _(messages): return _chatml(messages, prompt="<|im_start|>assistant")
 
 # %% ../../../exercises/solutions/03_templates.ipynb #d5a58fe4
-@q1.mistake("the begun answer is closed", "you write `<|im_end|>` behind the begun answer. That says that it is complete, so there is nothing to write on.")
+@q1.mistake("the begun answer is closed",
+    "you write `<|im_end|>` behind the begun answer. "
+    "That says that it is complete, so there is nothing to write on.")
 def _(messages): return _chatml(messages, begun="<|im_end|>\n")
 
-@q1.mistake("a second answer", "behind the begun answer you open another turn. The model then answers anew, and does not go on with what was begun.")
+@q1.mistake("a second answer",
+    "behind the begun answer you open another turn. "
+    "The model then answers anew, and does not go on with what was begun.")
 def _(messages): return _chatml(messages, begun="<|im_end|>\n<|im_start|>assistant\n")
 
-@q1.mistake("a line end behind the begun answer", "the begun answer gets a line end that nobody wrote. The next token follows right on the last character.")
+@q1.mistake("a line end behind the begun answer",
+    "the begun answer gets a line end that nobody wrote. "
+    "The next token follows right on the last character.")
 def _(messages): return _chatml(messages, begun="\n")
 
-@q1.mistake("every answer stays open", "you leave all the assistant's turns open. Only the last one is unfinished; earlier answers end like any turn.")
+@q1.mistake("every answer stays open",
+    "you leave all the assistant's turns open. "
+    "Only the last one is unfinished; earlier answers end like any turn.")
 def _(messages):
-    return "".join(f"<|im_start|>{m['role']}\n{m['content']}" + "<|im_end|>\n" * (m["role"] != "assistant") for m in messages) + "<|im_start|>assistant\n" * (messages[-1]["role"] != "assistant")
+    def turn(m):
+        end = "" if m["role"] == "assistant" else "<|im_end|>\n"
+        return f"<|im_start|>{m['role']}\n{m['content']}{end}"
+    opened = "" if messages[-1]["role"] == "assistant" else "<|im_start|>assistant\n"
+    return "".join(map(turn, messages)) + opened
 
-@q1.mistake("trims the texts", "you take white space off the contents. ChatML writes them as they are (and a begun answer may well end with a line end).")
+@q1.mistake("trims the texts",
+    "you take white space off the contents. "
+    "ChatML writes them as they are (and a begun answer may well end with a line end).")
 def _(messages): return _chatml(messages, say=str.strip)
 
-@q1.mistake("trims the begun answer", "you take white space off the end of the text; some of it was part of the begun answer.")
+@q1.mistake("trims the begun answer",
+    "you take white space off the end of the text; some of it was part of the begun answer.")
 def _(messages):
-    return _chatml(messages).rstrip() if messages[-1]["role"] == "assistant" else _chatml(messages)
+    text = _chatml(messages)
+    return text.rstrip() if messages[-1]["role"] == "assistant" else text
 
-@q1.mistake("an empty beginning is closed", "an answer begun with nothing, `\"\"`, is begun too: its turn is open (look at the role, not at the content).")
+@q1.mistake("an empty beginning is closed",
+    "an answer begun with nothing, `\"\"`, is begun too: "
+    "its turn is open (look at the role, not at the content).")
 def _(messages):
-    return _chatml(messages, begun="" if messages[-1]["content"] else "<|im_end|>\n<|im_start|>assistant\n")
+    closed = "<|im_end|>\n<|im_start|>assistant\n"
+    return _chatml(messages, begun="" if messages[-1]["content"] else closed)
 
 # %% ../../../exercises/solutions/03_templates.ipynb #8f7e38b2
-@q1.mistake("only the line end is taken away", "behind the begun answer `<|im_end|>` still stands; you take its line end away, and both have to go.")
+@q1.mistake("only the line end is taken away",
+    "behind the begun answer `<|im_end|>` still stands; "
+    "you take its line end away, and both have to go.")
 def _(messages): return _chatml(messages, begun="<|im_end|>")
 
 # %% ../../../exercises/solutions/03_templates.ipynb #8c820ec9
@@ -91,27 +148,51 @@ def join_parts(first, second, bos):
     # BEGIN SOLUTION
     if bos is None:
         return first + second
-    first, second = (part[1:] if part[:1] == [bos] else part for part in (first, second))
+    if first[:1] == [bos]:
+        first = first[1:]
+    if second[:1] == [bos]:
+        second = second[1:]
     return [bos] + first + second
     # END SOLUTION
 
 # %% ../../../exercises/solutions/03_templates.ipynb #7aaef5f1
-q2 = Question("templates.join_parts", "One BOS", join_parts, example=lambda: ([1, 20, 21], [1, 22, 2], 1), stars=1, minutes=8, hints=[
-    "Take a BOS off each part, if one is there; then put one at the front.",
-    "`part[:1] == [bos]` asks for the first element, and is merely false for an empty part.",
-    "Looking for BOS everywhere (`!= bos`, `remove`, `index`) finds those inside, too."])
+q2 = Question("templates.join_parts", "One BOS", join_parts, stars=1, minutes=8,
+    example=lambda: ([1, 20, 21], [1, 22, 2], 1),
+    hints=[
+        "Take a BOS off each part, if one is there; then put one at the front.",
+        "`part[:1] == [bos]` asks for the first element, and is merely false for an empty part.",
+        "Looking for BOS everywhere (`!= bos`, `remove`, `index`) finds those inside, too."])
 
 @q2.inputs
 def _(rng):
-    ids = lambda: [rng.randrange(10, 99) for _ in range(rng.randint(1, 4))]
+    def ids(): return [rng.randrange(10, 99) for _ in range(rng.randint(1, 4))]
     b = rng.randrange(3)
-    return [(ids(), ids(), b), ([b] + ids(), ids(), b), (ids(), [b] + ids(), b), ([b] + ids(), [b] + ids(), b), ([b] + ids() + [b] + ids(), [b] + ids() + [b], b), (ids() + [b] + ids(), ids() + [b] + ids(), b),
-            ([], [b] + ids(), b), ([b] + ids(), [], b), ([], [], b), ([b], [b], b), (ids(), ids(), None), ([], ids(), None), ([b] + ids(), [b] + ids(), None), (ids(), [], b), ([b] + ids(), ids() + [b], b), (ids() + [b], ids(), b), ([b] + ids() + [b], [b] + ids(), b), (ids(), [0] + ids(), 0), ([0] + ids(), ids(), 0)]
+    return [
+        (ids(), ids(), b),
+        ([b] + ids(), ids(), b),
+        (ids(), [b] + ids(), b),
+        ([b] + ids(), [b] + ids(), b),
+        ([b] + ids() + [b] + ids(), [b] + ids() + [b], b),
+        (ids() + [b] + ids(), ids() + [b] + ids(), b),
+        ([], [b] + ids(), b),
+        ([b] + ids(), [], b),
+        ([], [], b),
+        ([b], [b], b),
+        (ids(), ids(), None),
+        ([], ids(), None),
+        ([b] + ids(), [b] + ids(), None),
+        (ids(), [], b),
+        ([b] + ids(), ids() + [b], b),
+        (ids() + [b], ids(), b),
+        ([b] + ids() + [b], [b] + ids(), b),
+        (ids(), [0] + ids(), 0),
+        ([0] + ids(), ids(), 0)]
 
 # %% ../../../exercises/solutions/03_templates.ipynb #4578b949
 def _off(part, bos): return part[1:] if part[:1] == [bos] else part
 
-@q2.mistake("BOS at the seam", "the second part's BOS stays, in the middle of the text; in training none stood there.")
+@q2.mistake("BOS at the seam",
+    "the second part's BOS stays, in the middle of the text; in training none stood there.")
 def _(first, second, bos):
     return first + second if bos is None else [bos] + _off(first, bos) + second
 
@@ -119,36 +200,59 @@ def _(first, second, bos):
 def _(first, second, bos):
     return first + second if bos is None else [bos] + first + _off(second, bos)
 
-@q2.mistake("no BOS at the beginning", "where the first part has no BOS, the result has none either. It is to begin with one.")
+@q2.mistake("no BOS at the beginning",
+    "where the first part has no BOS, the result has none either. It is to begin with one.")
 def _(first, second, bos): return first + _off(second, bos)
 
-@q2.mistake("every BOS goes", "a BOS inside of a part is gone. Only those at the beginnings are too many.")
+@q2.mistake("every BOS goes",
+    "a BOS inside of a part is gone. Only those at the beginnings are too many.")
 def _(first, second, bos):
-    return first + second if bos is None else [bos] + [i for i in first + second if i != bos]
+    if bos is None:
+        return first + second
+    return [bos] + [i for i in first + second if i != bos]
 
-@q2.mistake("the first token of the second part goes", "you cut the first token of the second part off without looking: where there was no BOS, that was text.")
+@q2.mistake("the first token of the second part goes",
+    "you cut the first token of the second part off without looking: "
+    "where there was no BOS, that was text.")
 def _(first, second, bos):
     return first + second if bos is None else [bos] + _off(first, bos) + second[1:]
 
-@q2.mistake("None becomes a token", "where the tokenizer has no BOS, `None` gets into the ids.")
+@q2.mistake("None becomes a token",
+    "where the tokenizer has no BOS, `None` gets into the ids.")
 def _(first, second, bos): return [bos] + _off(first, bos) + _off(second, bos)
 
-@q2.mistake("fails on an empty part", "an empty part has no first element: ask `part[:1] == [bos]`.")
+@q2.mistake("fails on an empty part",
+    "an empty part has no first element: ask `part[:1] == [bos]`.")
 def _(first, second, bos):
-    return first + second if bos is None else [bos] + first[first[0] == bos:] + second[second[0] == bos:]
+    if bos is None:
+        return first + second
+    return [bos] + first[first[0] == bos:] + second[second[0] == bos:]
 
-@q2.mistake("0 is taken for None", "a BOS with the id 0 is taken for none at all: ask `bos is None`, since 0 is false, too.")
+@q2.mistake("0 is taken for None",
+    "a BOS with the id 0 is taken for none at all: ask `bos is None`, since 0 is false, too.")
 def _(first, second, bos):
     return [bos] + _off(first, bos) + _off(second, bos) if bos else first + second
 
-@q2.mistake("looks anywhere for BOS", "you ask whether there is a BOS *somewhere* in a part (`in`); what counts is its first token.")
+@q2.mistake("looks anywhere for BOS",
+    "you ask whether there is a BOS *somewhere* in a part (`in`); "
+    "what counts is its first token.")
 def _(first, second, bos):
-    return first + second if bos is None else [bos] * (bos not in first) + first + (second[1:] if bos in second else second)
+    if bos is None:
+        return first + second
+    begin = [] if bos in first else [bos]
+    return begin + first + second[bos in second:]
 
 # %% ../../../exercises/solutions/03_templates.ipynb #1c206b6f
-@q2.mistake("a BOS at the end goes", "a BOS at the end of the first part is gone. It stands there because something begins behind it; only those in front of a part are too many.")
+@q2.mistake("a BOS at the end goes",
+    "a BOS at the end of the first part is gone. It stands there because something begins "
+    "behind it; only those in front of a part are too many.")
 def _(first, second, bos):
-    return first + second if bos is None else [bos] + [i for at, i in enumerate(_off(first, bos), 1) if i != bos or at < len(_off(first, bos))] + _off(second, bos)
+    if bos is None:
+        return first + second
+    first = _off(first, bos)
+    if first and first[-1] == bos:
+        first = first[:-1]
+    return [bos] + first + _off(second, bos)
 
 # %% ../../../exercises/solutions/03_templates.ipynb #c3f65f5a
 def fold_system(messages):
@@ -163,102 +267,177 @@ def fold_system(messages):
         raise ValueError("after the system message there is no question")
     if not system["content"]:
         return rest
-    return [dict(rest[0], content=system["content"] + "\n\n" + rest[0]["content"])] + rest[1:]
+    question = dict(rest[0], content=system["content"] + "\n\n" + rest[0]["content"])
+    return [question] + rest[1:]
     # END SOLUTION
 
 # %% ../../../exercises/solutions/03_templates.ipynb #247f2746
-q3 = Question("templates.fold_system", "No place for a system", fold_system, example=lambda: (_talk(("system", "Be brief."), ("user", "What is the capital of Peru?"), ("assistant", "Lima")),), stars=2, minutes=12, hints=[
-    "Three cases: no system message, an empty one, and one to fold. Look for what must be refused first.",
-    "`dict(message, content=…)` makes a new message with the other fields of the old one; `message[\"content\"] = …` changes the caller's.",
-    "A message of the user's own with the system text, before the question, makes two questions in a row, and templates refuse that."])
+q3 = Question("templates.fold_system", "No place for a system", fold_system,
+    stars=2, minutes=12,
+    example=lambda: (_talk(
+        ("system", "Be brief."),
+        ("user", "What is the capital of Peru?"),
+        ("assistant", "Lima")),),
+    hints=[
+        ("Three cases: no system message, an empty one, and one to fold. "
+         "Look for what must be refused first."),
+        ("`dict(message, content=…)` makes a new message with the other fields of the old one; "
+         "`message[\"content\"] = …` changes the caller's."),
+        ("A message of the user's own with the system text, before the question, "
+         "makes two questions in a row, and templates refuse that.")])
 
 @q3.inputs
 def _(rng):
-    short = dict(s="system", u="user", a="assistant")
-    say = lambda: rng.choice(["a", " B", "\nc ", "D d"]) + str(rng.randrange(100)) + rng.choice(["", " ", "\n"])
-    talks = [_talk(*((short[c], say()) for c in roles)) for roles in ("u", "su", "ua", "sua", "suaua", "uaua", "", "s", "sa", "saua", "us", "uasua", "ssu", "suasua", "au")]
-    empty, named, blank = _talk(("system", ""), ("user", say()), ("assistant", say())), _talk(("system", say()), ("user", say())), _talk(("system", say()), ("user", ""))
+    def say(): return _say(rng, "", " ", "\n")
+    talks = _talks(say, "u", "su", "ua", "sua", "suaua", "uaua", "", "s", "sa", "saua",
+        "us", "uasua", "ssu", "suasua", "au")
+    empty = _talk(("system", ""), ("user", say()), ("assistant", say()))
+    named = _talk(("system", say()), ("user", say()))
+    blank = _talk(("system", say()), ("user", ""))
     named[1]["name"] = rng.choice(["Ada", "Bo"])
-    return [(talk,) for talk in talks + [empty, named, blank, _talk(("system", rng.choice([" ", "\n"])), ("user", say())), _talk(("system", "")), _talk(("system", ""), ("assistant", say()), ("user", say()))]]
+    talks += [empty, named, blank,
+        _talk(("system", rng.choice([" ", "\n"])), ("user", say())),
+        _talk(("system", "")),
+        _talk(("system", ""), ("assistant", say()), ("user", say()))]
+    return [(talk,) for talk in talks]
 
 # %% ../../../exercises/solutions/03_templates.ipynb #6d39f872
-def _folded(messages, fold=lambda text, rest: [dict(rest[0], content=f"{text}\n\n{rest[0]['content']}")] + rest[1:], empty=lambda rest: rest, middle=ValueError, alone=ValueError):
+def _into(text, message, join="\n\n"):
+    return dict(message, content=text + join + message["content"])
+
+def _into_first(text, rest): return [_into(text, rest[0])] + rest[1:]
+
+def _folded(
+    messages,
+    fold=_into_first, # what becomes of a system text and the messages after it
+    empty=lambda rest: rest, # and where it is empty
+    middle=ValueError, # raised for a system message further down; or None
+    alone=ValueError, # raised where no question follows; or None
+):
     if middle and any(m["role"] == "system" for m in messages[1:]):
         raise middle
     if not messages or messages[0]["role"] != "system":
         return messages
     if alone and [m["role"] for m in messages[1:2]] != ["user"]:
         raise alone
-    return fold(messages[0]["content"], messages[1:]) if messages[0]["content"] else empty(messages[1:])
+    text, rest = messages[0]["content"], messages[1:]
+    return fold(text, rest) if text else empty(rest)
 
-def _into(text, message, join="\n\n"):
-    return dict(message, content=text + join + message["content"])
-
-@q3.mistake("the system text is lost", "the system message is taken away, and what it says is lost.")
+@q3.mistake("the system text is lost",
+    "the system message is taken away, and what it says is lost.")
 def _(messages): return _folded(messages, lambda text, rest: rest)
 
-@q3.mistake("a turn of its own", "the system text becomes a message of the user's of its own. Then two questions stand in a row, and the templates for which you do this refuse that.")
+@q3.mistake("a turn of its own",
+    "the system text becomes a message of the user's of its own. Then two questions stand "
+    "in a row, and the templates for which you do this refuse that.")
 def _(messages):
     return _folded(messages, lambda text, rest: [dict(role="user", content=text)] + rest)
 
-@q3.mistake("into every question", "you put the system text into every question; it was said once.")
+@q3.mistake("into every question",
+    "you put the system text into every question; it was said once.")
 def _(messages):
-    return _folded(messages, lambda text, rest: [_into(text, m) if m["role"] == "user" else m for m in rest])
+    def fold(text, rest):
+        return [_into(text, m) if m["role"] == "user" else m for m in rest]
+    return _folded(messages, fold)
 
-@q3.mistake("into the last question", "you put the system text into the last question, so the earlier answers were given without it. The first one is wanted.")
+@q3.mistake("into the last question",
+    "you put the system text into the last question, so the earlier answers were given "
+    "without it. The first one is wanted.")
 def _(messages):
-    return _folded(messages, lambda text, rest: [_into(text, m) if i == max(j for j, n in enumerate(rest) if n["role"] == "user") else m for i, m in enumerate(rest)])
+    def fold(text, rest):
+        last = max(i for i, m in enumerate(rest) if m["role"] == "user")
+        return [_into(text, m) if i == last else m for i, m in enumerate(rest)]
+    return _folded(messages, fold)
 
-@q3.mistake("no blank line", "between the system text and the question one blank line belongs, that is two line ends.")
+@q3.mistake("no blank line",
+    "between the system text and the question one blank line belongs, that is two line ends.")
 def _(messages):
     return _folded(messages, lambda text, rest: [_into(text, rest[0], "\n")] + rest[1:])
 
 # %% ../../../exercises/solutions/03_templates.ipynb #76bd1fe6
-@q3.mistake("a blank line and nothing before it", "an empty system text leaves a blank line in front of the question. Where nothing is said, nothing is to be written.")
-def _(messages): return _folded(messages, empty=lambda rest: [_into("", rest[0])] + rest[1:])
+@q3.mistake("a blank line and nothing before it",
+    "an empty system text leaves a blank line in front of the question. "
+    "Where nothing is said, nothing is to be written.")
+def _(messages): return _folded(messages, empty=lambda rest: _into_first("", rest))
 
-@q3.mistake("an empty system message stays", "an empty system message stays in your result, and the template that knows no system refuses it.")
+@q3.mistake("an empty system message stays",
+    "an empty system message stays in your result, "
+    "and the template that knows no system refuses it.")
 def _(messages): return _folded(messages, empty=lambda rest: messages[:1] + rest)
 
-@q3.mistake("a later system message stays", "a system message further down stays in your result. Nobody can fold it without changing when it was said: raise a ValueError.")
+@q3.mistake("a later system message stays",
+    "a system message further down stays in your result. "
+    "Nobody can fold it without changing when it was said: raise a ValueError.")
 def _(messages): return _folded(messages, middle=None)
 
-@q3.mistake("later system messages disappear", "a system message further down disappears in silence. Raise a ValueError.")
-def _(messages): return _folded(messages[:1] + [m for m in messages[1:] if m["role"] != "system"])
-
-@q3.mistake("into whatever follows", "you fold the system text into the message that follows, whoever speaks there: into an answer, too. Look at the role, and raise a ValueError.")
+@q3.mistake("later system messages disappear",
+    "a system message further down disappears in silence. Raise a ValueError.")
 def _(messages):
-    return _folded(messages, alone=None, fold=lambda text, rest: [_into(text, rest[0])] + rest[1:] if rest else [][0])
+    return _folded(messages[:1] + [m for m in messages[1:] if m["role"] != "system"])
 
-@q3.mistake("skips to a later question", "where the assistant speaks right after the system, you fold into a later question, and the first answer comes without the system text. Raise a ValueError.")
-def _(messages):
-    first = [i for i, m in enumerate(messages) if m["role"] == "user"][:1]
-    return _folded(messages, alone=None if first else ValueError, fold=lambda text, rest: [_into(text, m) if i + 1 in first else m for i, m in enumerate(rest)])
+@q3.mistake("into whatever follows",
+    "you fold the system text into the message that follows, whoever speaks there: "
+    "into an answer, too. Look at the role, and raise a ValueError.")
+def _(messages): return _folded(messages, alone=None) # an IndexError where nothing follows
 
-@q3.mistake("a system text alone disappears", "a system message that no question follows disappears in silence. Raise a ValueError.")
+@q3.mistake("skips to a later question",
+    "where the assistant speaks right after the system, you fold into a later question, "
+    "and the first answer comes without the system text. Raise a ValueError.")
 def _(messages):
-    return _folded(messages, alone=None, fold=lambda text, rest: [_into(text, rest[0])] + rest[1:] if rest and rest[0]["role"] == "user" else rest)
+    first = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
+    def fold(text, rest):
+        return [_into(text, m) if i == first else m for i, m in enumerate(rest, 1)]
+    return _folded(messages, fold, alone=ValueError if first is None else None)
 
-@q3.mistake("other fields are lost", "a message's other fields (`name`, here) are lost. Copy the message, and change its content: `dict(message, content=…)`.")
+@q3.mistake("a system text alone disappears",
+    "a system message that no question follows disappears in silence. Raise a ValueError.")
 def _(messages):
-    return _folded(messages, lambda text, rest: [dict(role="user", content=f"{text}\n\n{rest[0]['content']}")] + rest[1:])
+    def fold(text, rest):
+        asked = rest and rest[0]["role"] == "user"
+        return _into_first(text, rest) if asked else rest
+    return _folded(messages, fold, alone=None)
 
-@q3.mistake("white space is taken for empty", "a system text of white space disappears. Somebody wrote it, and only an empty one is to be left out.")
+@q3.mistake("other fields are lost",
+    "a message's other fields (`name`, here) are lost. "
+    "Copy the message, and change its content: `dict(message, content=…)`.")
 def _(messages):
-    return _folded(messages, lambda text, rest: [_into(text, rest[0])] + rest[1:] if text.strip() else rest)
+    def fold(text, rest):
+        return [dict(role="user", content=f"{text}\n\n{rest[0]['content']}")] + rest[1:]
+    return _folded(messages, fold)
 
-@q3.mistake("trims the texts", "you take white space off the texts. Folding puts them together as they are.")
+@q3.mistake("white space is taken for empty",
+    "a system text of white space disappears. "
+    "Somebody wrote it, and only an empty one is to be left out.")
 def _(messages):
-    return _folded(messages, lambda text, rest: [dict(rest[0], content=f"{text.strip()}\n\n{rest[0]['content'].strip()}")] + rest[1:])
+    def fold(text, rest): return _into_first(text, rest) if text.strip() else rest
+    return _folded(messages, fold)
 
-@q3.mistake("trims the folded text", "you take white space off the ends of the folded text. Folding puts texts together as they are.")
+@q3.mistake("trims the texts",
+    "you take white space off the texts. Folding puts them together as they are.")
 def _(messages):
-    return _folded(messages, lambda text, rest: [dict(rest[0], content=_into(text, rest[0])["content"].strip())] + rest[1:])
+    def fold(text, rest):
+        question = dict(rest[0], content=rest[0]["content"].strip())
+        return [_into(text.strip(), question)] + rest[1:]
+    return _folded(messages, fold)
+
+@q3.mistake("trims the folded text",
+    "you take white space off the ends of the folded text. "
+    "Folding puts texts together as they are.")
+def _(messages):
+    def fold(text, rest):
+        folded = _into(text, rest[0])["content"]
+        return [dict(rest[0], content=folded.strip())] + rest[1:]
+    return _folded(messages, fold)
 
 # %% ../../../exercises/solutions/03_templates.ipynb #f8a11c66
-@q3.mistake("trims the system text", "you take white space off the system text. Folding puts the texts together as they are, and only `\"\"` is empty.")
+@q3.mistake("trims the system text",
+    "you take white space off the system text. "
+    "Folding puts the texts together as they are, and only `\"\"` is empty.")
 def _(messages):
-    return _folded(messages, lambda text, rest: [_into(text.strip(), rest[0])] + rest[1:] if text.strip() else rest)
+    def fold(text, rest):
+        text = text.strip()
+        return _into_first(text, rest) if text else rest
+    return _folded(messages, fold)
 
 # %% ../../../exercises/solutions/03_templates.ipynb #22bc380a
 def cut_special(pieces, special):
@@ -266,33 +445,69 @@ def cut_special(pieces, special):
     # BEGIN SOLUTION
     parts, plain = [], ""
     for text, mark in pieces:
-        while mark and (found := [(text.index(token), token) for token in special if token in text]):
+        while mark:
+            found = [(text.index(token), token) for token in special if token in text]
+            if not found:
+                break
             at, token = min(found)
-            parts += [(plain + text[:at], False)] * bool(plain + text[:at]) + [(token, True)]
+            plain += text[:at]
+            if plain:
+                parts.append((plain, False))
+            parts.append((token, True))
             plain, text = "", text[at + len(token):]
         plain += text
-    return parts + [(plain, False)] * bool(plain)
+    if plain:
+        parts.append((plain, False))
+    return parts
     # END SOLUTION
 
 # %% ../../../exercises/solutions/03_templates.ipynb #e28e201a
-q4 = Question("templates.cut_special", "Typed or meant", cut_special, example=lambda: ([("<s>user\n", True), ("What does </s> do?", False), ("</s>\n", True)], ["<s>", "</s>"]), stars=3, minutes=18, hints=[
-    "Carry one text along, what is plain so far; it grows over borders, and becomes a part when a special token comes, and at the end.",
-    "In a piece of the template: which special token comes first in the *text* (not in the list)? What stands before it goes to the plain text, what stands behind it is looked at again.",
-    "`[(text.index(token), token) for token in special if token in text]`: the smallest of these is the next one, and an empty list says that none is left."])
+q4 = Question("templates.cut_special", "Typed or meant", cut_special, stars=3, minutes=18,
+    example=lambda: (
+        [("<s>user\n", True), ("What does </s> do?", False), ("</s>\n", True)],
+        ["<s>", "</s>"]),
+    hints=[
+        ("Carry one string along, what is plain so far; it grows over borders, "
+         "and becomes a part when a special token comes, and at the end."),
+        ("In a piece of the template: which special token comes first in the *text* "
+         "(not in the list)? What stands before it goes to the plain text, "
+         "what stands behind it is looked at again."),
+        ("`[(text.index(token), token) for token in special if token in text]`: "
+         "the smallest of these is the next one, and an empty list says that none is left.")])
 
 @q4.inputs
 def _(rng):
-    a, b, c = (f"{left}{letter}{rng.randrange(10)}{right}" for letter, (left, right) in zip(rng.sample("bcdfgh", 3), [("<", ">"), ("<", ">"), ("<|", "|>")]))
-    word = lambda: rng.choice(["hi", " in ", "\n", "user", ": "]) + str(rng.randrange(100))
-    layouts = [[(a + word(), True), (word(), False), (b + "\n", True)], [(word(), True), (word() + a + word(), False), (b, True)], [(a + word() + b, True)], [(b, True), (a, False), (b, True)], [(a + b + c, True)], [(word() + a, True), (word(), False)],
-               [(word(), True), (word(), False), (word(), True)], [], [("", False)], [(a, True), ("", False), (a, True)], [(c + word() + a + word() + b + word(), True), (a, False)], [(word() + b, False), (b[:2], False), (b[2:], True)],
-               [(a, True), (word(), False), (word(), True), (word(), True), (b, True)], [(word(), False), (word() + c, False)], [(a + word() + a + word(), True)], [(a + "system\n", True), (b + word() + a + word(), False), (b + "\n" + a + "user\n", True), (word(), False), (b + "\n", True)]]
-    return [(layout, rng.sample([a, b, c], 3)) for layout in layouts] + [([(a, True), (word(), False)], []), ([(a + b, True)], [b])]
+    x, y, z = rng.sample("bcdfgh", 3)
+    a = f"<{x}{rng.randrange(10)}>"
+    b = f"<{y}{rng.randrange(10)}>"
+    c = f"<|{z}{rng.randrange(10)}|>"
+    def word(): return rng.choice(["hi", " in ", "\n", "user", ": "]) + str(rng.randrange(100))
+    layouts = [
+        [(a + word(), True), (word(), False), (b + "\n", True)],
+        [(word(), True), (word() + a + word(), False), (b, True)],
+        [(a + word() + b, True)],
+        [(b, True), (a, False), (b, True)],
+        [(a + b + c, True)],
+        [(word() + a, True), (word(), False)],
+        [(word(), True), (word(), False), (word(), True)],
+        [],
+        [("", False)],
+        [(a, True), ("", False), (a, True)],
+        [(c + word() + a + word() + b + word(), True), (a, False)],
+        [(word() + b, False), (b[:2], False), (b[2:], True)],
+        [(a, True), (word(), False), (word(), True), (word(), True), (b, True)],
+        [(word(), False), (word() + c, False)],
+        [(a + word() + a + word(), True)],
+        [(a + "system\n", True), (b + word() + a + word(), False),
+         (b + "\n" + a + "user\n", True), (word(), False), (b + "\n", True)]]
+    cases = [(layout, rng.sample([a, b, c], 3)) for layout in layouts]
+    return cases + [([(a, True), (word(), False)], []), ([(a + b, True)], [b])]
 
 # %% ../../../exercises/solutions/03_templates.ipynb #048af1ea
 def _parts(text, special): # (text, is_special), for a text of the template
-    import re
-    return [(part, part in special) for part in (re.split("(" + "|".join(map(re.escape, special)) + ")", text) if special else [text]) if part]
+    pattern = "(" + "|".join(map(re.escape, special)) + ")"
+    parts = re.split(pattern, text) if special else [text]
+    return [(part, part in special) for part in parts if part]
 
 def _merged(parts, join=True):
     done = []
@@ -303,28 +518,50 @@ def _merged(parts, join=True):
             done.append((text, token))
     return done
 
-def _cut(pieces, special, mark=_parts, typed=lambda text, special: [(text, False)], join=True):
-    return _merged([part for text, by in pieces for part in (mark if by else typed)(text, special)], join)
+def _cut(
+    pieces,
+    special,
+    mark=_parts, # what becomes of a piece of the template
+    typed=lambda text, special: [(text, False)], # and of what somebody typed
+    join=True, # plain text across borders
+):
+    parts = []
+    for text, by_template in pieces:
+        parts += (mark if by_template else typed)(text, special)
+    return _merged(parts, join)
 
-@q4.mistake("typed tokens become special", "what somebody typed becomes a special token. So can anybody speak as the system; ask `mark` before you cut.")
+@q4.mistake("typed tokens become special",
+    "what somebody typed becomes a special token. "
+    "So can anybody speak as the system; ask `mark` before you cut.")
 def _(pieces, special): return _cut(pieces, special, typed=_parts)
 
-@q4.mistake("the texts are joined first", "you join the texts before you cut them, and then nobody knows any more what was typed (or even a typed `<` becomes part of a mark).")
+@q4.mistake("the texts are joined first",
+    "you join the texts before you cut them, and then nobody knows any more what was typed "
+    "(or even a typed `<` becomes part of a mark).")
 def _(pieces, special): return _parts("".join(text for text, _ in pieces), special)
 
-@q4.mistake("cut at every border", "you cut where a piece ends. Tokens reach across these borders, so plain text between two special tokens is to be one part.")
+@q4.mistake("cut at every border",
+    "you cut where a piece ends. Tokens reach across these borders, "
+    "so plain text between two special tokens is to be one part.")
 def _(pieces, special): return _cut(pieces, special, join=False)
 
-@q4.mistake("whole marks are special", "you take a whole piece of the template for special. It holds plain text, too, such as the role and line ends.")
+@q4.mistake("whole marks are special",
+    "you take a whole piece of the template for special. "
+    "It holds plain text, too, such as the role and line ends.")
 def _(pieces, special):
-    return _cut(pieces, special, mark=lambda text, special: [(text, any(t in text for t in special))])
+    def mark(text, special): return [(text, any(t in text for t in special))]
+    return _cut(pieces, special, mark=mark)
 
-@q4.mistake("special only when alone", "a special token is found only where it is the whole piece; the template writes more beside it.")
+@q4.mistake("special only when alone",
+    "a special token is found only where it is the whole piece; "
+    "the template writes more beside it.")
 def _(pieces, special):
     return _cut(pieces, special, mark=lambda text, special: [(text, text in special)])
 
 # %% ../../../exercises/solutions/03_templates.ipynb #d702423f
-@q4.mistake("typed tokens are taken away", "typed special tokens are gone. Whoever asks what `</s>` does gets an answer to another question; keep the text, as plain text.")
+@q4.mistake("typed tokens are taken away",
+    "typed special tokens are gone. Whoever asks what `</s>` does gets an answer "
+    "to another question; keep the text, as plain text.")
 def _(pieces, special):
     def without(text, special):
         for token in special:
@@ -332,20 +569,26 @@ def _(pieces, special):
         return [(text, False)]
     return _cut(pieces, special, typed=without)
 
-@q4.mistake("one token a piece", "only one special token of a piece is found; the template may write several in one.")
+@q4.mistake("one token a piece",
+    "only one special token of a piece is found; the template may write several in one.")
 def _(pieces, special):
     def once(text, special):
         parts = _parts(text, special)
         first = next((i for i, (_, token) in enumerate(parts) if token), len(parts))
-        return parts[:first + 1] + [("".join(text for text, _ in parts[first + 1:]), False)]
+        rest = "".join(text for text, _ in parts[first + 1:])
+        return parts[:first + 1] + [(rest, False)]
     return _cut(pieces, special, mark=once)
 
-@q4.mistake("the end is lost", "what stands behind the last special token is lost: after the loop there may be plain text left.")
+@q4.mistake("the end is lost",
+    "what stands behind the last special token is lost: "
+    "after the loop there may be plain text left.")
 def _(pieces, special):
     parts = _cut(pieces, special)
     return parts if not parts or parts[-1][1] else parts[:-1]
 
-@q4.mistake("empty parts", "there are empty parts in your result; where nothing stands between two special tokens, there is no part.")
+@q4.mistake("empty parts",
+    "there are empty parts in your result; "
+    "where nothing stands between two special tokens, there is no part.")
 def _(pieces, special):
     filled, before = [], True
     for text, token in _cut(pieces, special):
@@ -353,7 +596,9 @@ def _(pieces, special):
         before = token
     return filled + [("", False)] * before
 
-@q4.mistake("in the order of the list", "you go through `special` in its order, and then through the text: a piece with several special tokens comes out wrong. Look which one comes first in the text.")
+@q4.mistake("in the order of the list",
+    "you go through `special` in its order, and then through the text: a piece with several "
+    "special tokens comes out wrong. Look which one comes first in the text.")
 def _(pieces, special):
     def listed(text, special):
         parts = []
@@ -365,12 +610,20 @@ def _(pieces, special):
     return _cut(pieces, special, mark=listed)
 
 # %% ../../../exercises/solutions/03_templates.ipynb #52c83680
-@q4.mistake("a pattern that is not escaped", "you make a regular expression of the special tokens as they are. `|` means *or* there, and `<|im_end|>` falls apart: `re.escape(token)`.")
+@q4.mistake("a pattern that is not escaped",
+    "you make a regular expression of the special tokens as they are. "
+    "`|` means *or* there, and `<|im_end|>` falls apart: `re.escape(token)`.")
 def _(pieces, special):
-    import re
-    return _cut(pieces, special, mark=lambda text, special: [(part, part in special) for part in re.split("(" + "|".join(special) + ")", text) if part] if special else [(text, False)])
+    def mark(text, special):
+        if not special:
+            return [(text, False)]
+        parts = re.split("(" + "|".join(special) + ")", text)
+        return [(part, part in special) for part in parts if part]
+    return _cut(pieces, special, mark=mark)
 
-@q4.mistake("a typed token alone becomes special", "where somebody typed a special token and nothing else, it becomes special: you ask whether a part is in `special`, and not who wrote it.")
+@q4.mistake("a typed token alone becomes special",
+    "where somebody typed a special token and nothing else, it becomes special: "
+    "you ask whether a part is in `special`, and not who wrote it.")
 def _(pieces, special):
     return _cut(pieces, special, typed=lambda text, special: [(text, text in special)])
 
@@ -397,30 +650,53 @@ def read_chatml(text):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/03_templates.ipynb #2de9ea00
-q5 = Question("templates.read_chatml", "The way back", read_chatml, example=lambda: ("<|im_start|>user\nName a fruit.<|im_end|>\n<|im_start|>assistant\nAn app",), stars=3, minutes=20, hints=[
-    "Take one turn after the other off the front of the text, and say for each step what must stand there.",
-    "`before, found, after = text.partition(mark)`: `found` is empty where the mark is missing.",
-    "Where no `<|im_end|>` is found, the turn is open: an error for a user, the end of your work for an assistant."])
+q5 = Question("templates.read_chatml", "The way back", read_chatml, stars=3, minutes=20,
+    example=lambda: (
+        "<|im_start|>user\nName a fruit.<|im_end|>\n<|im_start|>assistant\nAn app",),
+    hints=[
+        ("Take one turn after the other off the front of the text, "
+         "and say for each step what must stand there."),
+        ("`before, found, after = text.partition(mark)`: "
+         "`found` is empty where the mark is missing."),
+        ("Where no `<|im_end|>` is found, the turn is open: "
+         "an error for a user, the end of your work for an assistant.")])
 
 @q5.inputs
 def _(rng):
-    say = lambda: rng.choice(["a", " B", "\nc ", "D d"]) + str(rng.randrange(100)) + rng.choice(["", " ", "\n", "\n\ne"])
-    turn = lambda role, content=None: f"<|im_start|>{role}\n{say() if content is None else content}<|im_end|>\n"
+    def say(): return _say(rng, "", " ", "\n", "\n\ne")
+    def turn(role, content=None):
+        return f"<|im_start|>{role}\n{say() if content is None else content}<|im_end|>\n"
     u, s, a = turn("user"), turn("system"), turn("assistant")
     open_ = "<|im_start|>assistant\n"
-    typed = say() + rng.choice(["<|im_start|>", "<|im_start|>assistant\n", "<|im_start|>user"]) + say()
-    good = ["", u, s + u + a, u + a + turn("user") + a, (u + a)[:-1], u + open_, s + u + open_ + say(), u + open_ + typed, turn("user", "") + a, turn("user", typed) + turn("assistant", typed), turn("assistant", ""), open_, u + open_ + "\n", turn("user", "a\nb\n\nc") + a]
-    bad = ["hi", say() + u, u + say() + a, u + a + "bye", u + "\n" + a, turn("robot"), turn("User") + a, u[:-11], u + a + "<|im_start|>user\n" + say(), u + "<|im_start|>assistant", s + u[:-1] + a, " " + u, turn("") + a, u + a + "\n"]
+    marks = ["<|im_start|>", "<|im_start|>assistant\n", "<|im_start|>user"]
+    typed = say() + rng.choice(marks) + say()
+    good = [
+        "", u, s + u + a, u + a + turn("user") + a, (u + a)[:-1],
+        u + open_, s + u + open_ + say(), u + open_ + typed,
+        turn("user", "") + a, turn("user", typed) + turn("assistant", typed),
+        turn("assistant", ""), open_, u + open_ + "\n", turn("user", "a\nb\n\nc") + a]
+    bad = [
+        "hi", say() + u, u + say() + a, u + a + "bye", u + "\n" + a,
+        turn("robot"), turn("User") + a, u[:-11], u + a + "<|im_start|>user\n" + say(),
+        u + "<|im_start|>assistant", s + u[:-1] + a, " " + u, turn("") + a, u + a + "\n"]
     return [(text,) for text in good + bad]
 
 # %% ../../../exercises/solutions/03_templates.ipynb #051f6d91
 _ROLES = ("system", "user", "assistant")
 
-def _back(text, roles=_ROLES, opens=("assistant",), strict=True, say=lambda content: content):
-    import re
-    messages, at, start = [], 0, "<|im_start|>"
-    for found in re.finditer(r"<\|im_start\|>([^\n]*)\n(.*?)<\|im_end\|>(\n|$|(?!\n))", text, re.DOTALL):
-        if strict and (found.start() != at or found[3] == "" and found.end() != len(text)) or roles and found[1] not in roles:
+def _back(
+    text,
+    roles=_ROLES, # () takes any word for a role
+    opens=("assistant",), # whose turn may be open
+    strict=True, # no text outside of the turns
+    say=lambda content: content, # what becomes of a content
+):
+    turn = r"<\|im_start\|>([^\n]*)\n(.*?)<\|im_end\|>(\n|$|(?!\n))"
+    messages, at = [], 0
+    for found in re.finditer(turn, text, re.DOTALL):
+        outside = found.start() != at
+        unended = found[3] == "" and found.end() != len(text)
+        if strict and (outside or unended) or roles and found[1] not in roles:
             raise ValueError
         messages.append(dict(role=found[1], content=say(found[2])))
         at = found.end()
@@ -428,19 +704,23 @@ def _back(text, roles=_ROLES, opens=("assistant",), strict=True, say=lambda cont
     if not rest:
         return messages, None
     head, line, begun = rest.partition("\n")
-    if rest.startswith(start) and line and head[12:] in opens:
+    start = "<|im_start|>"
+    if rest.startswith(start) and line and head[len(start):] in opens:
         return messages, say(begun)
     if not strict:
         return messages, None
     raise ValueError
 
-@q5.mistake("trims the texts", "you take white space off the contents. Somebody may want to know whether it was there.")
+@q5.mistake("trims the texts",
+    "you take white space off the contents. Somebody may want to know whether it was there.")
 def _(text): return _back(text, say=str.strip)
 
 @q5.mistake("one line a message", "a content has several lines, and you keep one of them.")
 def _(text): return _back(text, say=lambda content: content.split("\n")[0])
 
-@q5.mistake("the begun answer is a message", "the answer that has begun stands among the complete messages. Trained on, it would teach to stop in the middle.")
+@q5.mistake("the begun answer is a message",
+    "the answer that has begun stands among the complete messages. "
+    "Trained on, it would teach to stop in the middle.")
 def _(text):
     messages, begun = _back(text)
     return messages + [dict(role="assistant", content=begun)] * (begun is not None), None
@@ -448,53 +728,74 @@ def _(text):
 @q5.mistake("the begun answer is lost", "what there is of a begun answer is lost.")
 def _(text): return _back(text)[0], None
 
-@q5.mistake("None for an empty beginning", "after a mere generation prompt an answer has begun, with nothing so far: `\"\"`, not `None`.")
+@q5.mistake("None for an empty beginning",
+    "after a mere generation prompt an answer has begun, with nothing so far: "
+    "`\"\"`, not `None`.")
 def _(text):
     messages, begun = _back(text)
     return messages, begun or None
 
-@q5.mistake("an empty text for None", "where every turn is complete, no answer has begun: `None`, not `\"\"`. Else it looks like a generation prompt.")
+@q5.mistake("an empty text for None",
+    "where every turn is complete, no answer has begun: `None`, not `\"\"`. "
+    "Else it looks like a generation prompt.")
 def _(text):
     messages, begun = _back(text)
     return messages, begun or ""
 
 # %% ../../../exercises/solutions/03_templates.ipynb #5067dad2
-@q5.mistake("empty messages disappear", "a message with nothing in it is missing from your result. It was a turn, and the model saw it.")
+@q5.mistake("empty messages disappear",
+    "a message with nothing in it is missing from your result. "
+    "It was a turn, and the model saw it.")
 def _(text):
     messages, begun = _back(text)
     return [m for m in messages if m["content"]], begun
 
-@q5.mistake("text outside disappears", "text outside of the turns disappears in silence (a search, such as `re.findall`, skips what does not fit). Raise a ValueError.")
+@q5.mistake("text outside disappears",
+    "text outside of the turns disappears in silence "
+    "(a search, such as `re.findall`, skips what does not fit). Raise a ValueError.")
 def _(text): return _back(text, strict=False)
 
-@q5.mistake("roles are not looked at", "you take any word for a role. Raise a ValueError for those that ChatML does not have here.")
+@q5.mistake("roles are not looked at",
+    "you take any word for a role. "
+    "Raise a ValueError for those that ChatML does not have here.")
 def _(text): return _back(text, roles=())
 
-@q5.mistake("an open question is accepted", "a question without `<|im_end|>` comes back as a begun answer. Only the assistant's turn may be open.")
+@q5.mistake("an open question is accepted",
+    "a question without `<|im_end|>` comes back as a begun answer. "
+    "Only the assistant's turn may be open.")
 def _(text): return _back(text, opens=_ROLES)
 
-@q5.mistake("wants the last line end", "you refuse a text that ends with `<|im_end|>`. The model stops there, and does not write the line end.")
+@q5.mistake("wants the last line end",
+    "you refuse a text that ends with `<|im_end|>`. "
+    "The model stops there, and does not write the line end.")
 def _(text):
     if text.endswith("<|im_end|>"):
         raise ValueError
     return _back(text)
 
-@q5.mistake("a typed mark begins a turn", "a content that holds `<|im_start|>` is torn apart. In the text it cannot be told who wrote that; the rule is that a content goes as far as `<|im_end|>`.")
+@q5.mistake("a typed mark begins a turn",
+    "a content that holds `<|im_start|>` is torn apart. In the text it cannot be told "
+    "who wrote that; the rule is that a content goes as far as `<|im_end|>`.")
 def _(text):
     messages, begun = _back(text)
-    if any("<|im_start|>" in said for said in [*(m["content"] for m in messages), begun or ""]):
+    contents = [m["content"] for m in messages] + [begun or ""]
+    if any("<|im_start|>" in content for content in contents):
         raise ValueError
     return messages, begun
 
-@q5.mistake("white space outside is forgiven", "blank lines or spaces between turns are read over. The template writes none, so this text came from somewhere else: raise a ValueError.")
+@q5.mistake("white space outside is forgiven",
+    "blank lines or spaces between turns are read over. The template writes none, "
+    "so this text came from somewhere else: raise a ValueError.")
 def _(text):
-    import re
-    return _back(re.sub(r"(^|<\|im_end\|>)\s+(?=<\|im_start\|>|$)", lambda found: found[1] + "\n" * bool(found[1]), text))
+    def line_end(found): return found[1] + "\n" * bool(found[1])
+    gap = r"(^|<\|im_end\|>)\s+(?=<\|im_start\|>|$)"
+    return _back(re.sub(gap, line_end, text))
 
 # %% ../../../exercises/solutions/03_templates.ipynb #cf911ac5
 def _by_pattern(text, ending=r"(?:\n|\Z)", several=True):
-    import re
-    messages, turn = [], re.compile(r"<\|im_start\|>(system|user|assistant)\n(.*?)<\|im_end\|>" + ending, re.DOTALL if several else 0)
+    turn = r"<\|im_start\|>(system|user|assistant)\n(.*?)<\|im_end\|>" + ending
+    turn = re.compile(turn, re.DOTALL if several else 0)
+    messages = []
     while found := turn.match(text):
         messages.append(dict(role=found[1], content=found[2]))
         text = text[found.end():]
@@ -503,23 +804,55 @@ def _by_pattern(text, ending=r"(?:\n|\Z)", several=True):
         raise ValueError
     return messages, text[len(head):] if text else None
 
-@q5.mistake("a content goes on over <|im_end|>", "where the line end behind `<|im_end|>` is missing, your content goes on to a later `<|im_end|>` (as `.*?` does, if what follows does not fit). A content ends at the first one: raise a ValueError.")
+@q5.mistake("a content goes on over <|im_end|>",
+    "where the line end behind `<|im_end|>` is missing, your content goes on to a later "
+    "`<|im_end|>` (as `.*?` does, if what follows does not fit). "
+    "A content ends at the first one: raise a ValueError.")
 def _(text): return _by_pattern(text)
 
-@q5.mistake("the line end may be missing anywhere", "you accept a turn without its last line end between others. It may be missing behind the very last `<|im_end|>` alone: raise a ValueError.")
+@q5.mistake("the line end may be missing anywhere",
+    "you accept a turn without its last line end between others. "
+    "It may be missing behind the very last `<|im_end|>` alone: raise a ValueError.")
 def _(text): return _by_pattern(text, r"\n?")
 
-@q5.mistake("a content of several lines is refused", "a content of several lines is refused. In a regular expression `.` stands for anything but a line end, unless you say `re.DOTALL`.")
+@q5.mistake("a content of several lines is refused",
+    "a content of several lines is refused. In a regular expression `.` stands for "
+    "anything but a line end, unless you say `re.DOTALL`.")
 def _(text): return _by_pattern(text, several=False)
 
 # %% ../../../exercises/solutions/03_templates.ipynb #a56c3cd0
-q6 = OpenQuestion("templates.fine_in_training", "Fine in training", stars=2, minutes=12, rubric=[
-    "In use the generation prompt is missing (`add_generation_prompt=True`), so the model writes the head of a turn itself, and perhaps the customer's. The validation loss cannot show that: in its texts the head of the answer is always there.",
-    "Whether it can stop is another matter: the token that ends an answer must be one special token, be among what is learned, and be one at which the service stops (`eos_token_id`).",
-    "The f-string and the tokenizer's template may differ (a system text of its own, white space): compare what both write on the colleague's rows, to the last character, and as ids, since BOS may be written twice where a text is encoded.",
-    "The typed marks became special tokens, because text and template were joined before encoding; special tokens may come from the template alone, and what is typed is encoded as plain text.",
-    "How it stays mended: one template for training and use, checked before the training (`check_template`), and a test that the ids given in use are those that stand before the answer in training."],
-    model="The call lacks add_generation_prompt=True, so the model must open the next turn itself, and nothing says that it is the assistant's; in every validation text the head was there, so the loss is blind to it. For the stopping I would look whether <|im_end|> is one special token, whether it is among the learned tokens, and whether the service stops at it. "
-          "I would lay the same rows out with the f-string and with the template, and compare the texts and then the ids: a system text that the template adds, white space, or a second BOS would come to light. The forged turn worked because text was joined before it was encoded; what is typed must be encoded with special tokens off (which does not help against a customer who merely asks for the system text). "
-          "Then I would train with the template that the service uses, after check_template finds no fault in it, and keep a test that the ids in use are a prefix of those in training.",
-    hints=["What stands at the end of the text that the service gives to the model? And in training, before each answer?", "Three symptoms, and they need not have one cause. Which of them can a loss see that is measured on texts of the f-string's layout?"])
+q6 = OpenQuestion("templates.fine_in_training", "Fine in training", stars=2, minutes=12,
+    rubric=[
+        ("In use the generation prompt is missing (`add_generation_prompt=True`), so the model "
+         "writes the head of a turn itself, and perhaps the customer's. The validation loss "
+         "cannot show that: in its texts the head of the answer is always there."),
+        ("Whether it can stop is another matter: the token that ends an answer must be one "
+         "special token, be among what is learned, and be one at which the service stops "
+         "(`eos_token_id`)."),
+        ("The f-string and the tokenizer's template may differ (a system text of its own, "
+         "white space): compare what both write on the colleague's rows, to the last "
+         "character, and as ids, since BOS may be written twice where a text is encoded."),
+        ("The typed marks became special tokens, because text and template were joined before "
+         "encoding; special tokens may come from the template alone, and what is typed is "
+         "encoded as plain text."),
+        ("How it stays fixed: one template for training and use, checked before the training "
+         "(`check_template`), and a test that the ids given in use are those that stand before "
+         "the answer in training.")],
+    model=(
+        "The call lacks add_generation_prompt=True, so the model must open the next turn "
+        "itself, and nothing says that it is the assistant's; in every validation text the head "
+        "was there, so the loss is blind to it. For the stopping I would look whether "
+        "<|im_end|> is one special token, whether it is among the learned tokens, and whether "
+        "the service stops at it. "
+        "I would lay the same rows out with the f-string and with the template, and compare "
+        "the texts and then the ids: a system text that the template adds, white space, or a "
+        "second BOS would come to light. The forged turn worked because text was joined before "
+        "it was encoded; what is typed must be encoded with special tokens off (which does not "
+        "help against a customer who merely asks for the system text). "
+        "Then I would train with the template that the service uses, after check_template finds "
+        "no fault in it, and keep a test that the ids in use are a prefix of those in training."),
+    hints=[
+        ("What stands at the end of the text that the service gives to the model? "
+         "And in training, before each answer?"),
+        ("Three symptoms, and they need not have one cause. Which of them can a loss see "
+         "that is measured on texts of the f-string's layout?")])

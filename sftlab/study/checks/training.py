@@ -6,7 +6,7 @@
 __all__ = ['LESSON', 'q1', 'q2', 'q3', 'q4', 'q5', 'q6']
 
 # %% ../../../exercises/solutions/05_training.ipynb #265680f3
-import math
+import math  # noqa: F811
 from ..exercises import OpenQuestion, Question
 
 LESSON = "05 The training loop"
@@ -29,47 +29,70 @@ def rows_seen(steps, n, batch_size, accumulation):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/05_training.ipynb #8f900534
-q1 = Question("training.rows_seen", "How many rows so far?", rows_seen, example=lambda: (4, 10, 2, 2), stars=1, minutes=8, hints=[
-    "How many steps has one epoch? Ten rows, four at a time: write down how many rows each step takes.",
-    "So many whole epochs are done, and so many steps of the next: `divmod` gives both.",
-    "A whole epoch is `n` rows, however many steps it took. The steps after it are full ones, since the short one comes last."])
+q1 = Question("training.rows_seen", "How many rows so far?", rows_seen,
+    example=lambda: (4, 10, 2, 2),
+    stars=1, minutes=8, hints=[
+        "How many steps has one epoch? Ten rows, four at a time: write down how many rows each "
+            "step takes.",
+        "So many whole epochs are done, and so many steps of the next: `divmod` gives both.",
+        "A whole epoch is `n` rows, however many steps it took. The steps after it are full ones, "
+            "since the short one comes last.",
+    ])
 
 @q1.inputs
 def _(rng):
     n = rng.randint(20, 60)
-    return [(0, 10, 2, 2), (1, 10, 2, 2), (3, 10, 2, 2), (7, 10, 2, 2), (5, 8, 2, 2), (2, 3, 4, 2), (3, 9, 4, 1), (1, 1, 1, 1), (4, 6, 1, 4), (rng.randint(30, 50), n, 3, 2), (rng.randint(5, 9), n, 4, 3)]
+    fixed = [(0, 10, 2, 2), (1, 10, 2, 2), (3, 10, 2, 2), (7, 10, 2, 2), (5, 8, 2, 2),
+             (2, 3, 4, 2), (3, 9, 4, 1), (1, 1, 1, 1), (4, 6, 1, 4)]
+    return [*fixed, (rng.randint(30, 50), n, 3, 2), (rng.randint(5, 9), n, 4, 3)]
 
 # %% ../../../exercises/solutions/05_training.ipynb #167406bc
-@q1.mistake("every step is full", "in your function all steps have the same number of rows. The last one of an epoch takes what is left: it neither drops that, nor fills up from the next epoch.")
+@q1.mistake("every step is full",
+    "in your function all steps have the same number of rows. The last one of an epoch takes what "
+    "is left: it neither drops that, nor fills up from the next epoch.")
 def _(steps, n, batch_size, accumulation): return steps * batch_size * accumulation
 
-@q1.mistake("accumulation is forgotten", "you count a batch as a step. A step takes `accumulation` batches.")
+@q1.mistake("accumulation is forgotten",
+    "you count a batch as a step. A step takes `accumulation` batches.")
 def _(steps, n, batch_size, accumulation): return rows_seen(steps, n, batch_size, 1)
 
-@q1.mistake("steps of an epoch rounded down", "you round the steps of an epoch down; what is left at its end makes one more step, so round up (10 rows, 4 at a time: 3 steps).")
+@q1.mistake("steps of an epoch rounded down",
+    "you round the steps of an epoch down; what is left at its end makes one more step, so round "
+    "up (10 rows, 4 at a time: 3 steps).")
 def _(steps, n, batch_size, accumulation):
-    return (found := divmod(steps, n // (batch_size * accumulation)))[0] * n + found[1] * batch_size * accumulation
+    size = batch_size * accumulation
+    epochs, more = divmod(steps, n // size)
+    return epochs * n + more * size
 
-@q1.mistake("this epoch alone", "you count from the beginning of the epoch that is under way; the epochs before it count, too.")
+@q1.mistake("this epoch alone",
+    "you count from the beginning of the epoch that is under way; the epochs before it count, too.")
 def _(steps, n, batch_size, accumulation):
     return steps % math.ceil(n / (batch_size * accumulation)) * batch_size * accumulation
 
-@q1.mistake("ends after one epoch", "after the last row you count no further. The next epoch goes through the rows again, and repeats count.")
+@q1.mistake("ends after one epoch",
+    "after the last row you count no further. The next epoch goes through the rows again, and "
+    "repeats count.")
 def _(steps, n, batch_size, accumulation): return min(n, steps * batch_size * accumulation)
 
-@q1.mistake("a share of the epochs", "you take each step for an equal share of an epoch. It is so for the progress bar; the rows are not shared out evenly, the last step has fewer.")
+@q1.mistake("a share of the epochs",
+    "you take each step for an equal share of an epoch. It is so for the progress bar; the rows "
+    "are not shared out evenly, the last step has fewer.")
 def _(steps, n, batch_size, accumulation):
     return steps / math.ceil(n / (batch_size * accumulation)) * n
 
 # %% ../../../exercises/solutions/05_training.ipynb #a68412cd
-@q1.mistake("a last step of no rows", "where the rows of an epoch come out even (8 rows, 4 at a time), you count the last step as nothing: the remainder is 0 there, and the step is a full one.")
+@q1.mistake("a last step of no rows",
+    "where the rows of an epoch come out even (8 rows, 4 at a time), you count the last step as "
+    "nothing: the remainder is 0 there, and the step is a full one.")
 def _(steps, n, batch_size, accumulation):
     size, per_epoch = batch_size * accumulation, math.ceil(n / (batch_size * accumulation))
     return sum(n % size if (step + 1) % per_epoch == 0 else size for step in range(steps))
 
-@q1.mistake("a short batch is dropped", "a batch that is not full is missing from your count. Each epoch goes through all `n` rows.")
+@q1.mistake("a short batch is dropped",
+    "a batch that is not full is missing from your count. Each epoch goes through all `n` rows.")
 def _(steps, n, batch_size, accumulation):
-    return rows_seen(steps, full, batch_size, accumulation) if (full := n // batch_size * batch_size) else 0
+    full = n // batch_size * batch_size
+    return rows_seen(steps, full, batch_size, accumulation) if full else 0
 
 # %% ../../../exercises/solutions/05_training.ipynb #225a5d41
 def measured(batches):
@@ -83,70 +106,115 @@ def measured(batches):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/05_training.ipynb #8b427730
-q2 = Question("training.perplexity", "From batches to perplexity", measured, example=lambda: ([(1.0, 30), (2.0, 10), (math.nan, 0)],), stars=2, minutes=12, hints=[
-    "What is the sum of the losses in a batch, if its mean and its number of targets are known?",
-    "NaN times 0 is NaN. Leave out the batches without targets; a loss of 0 with targets is another thing, and stays.",
-    "The exponential comes last, of the one loss over all targets."])
+q2 = Question("training.perplexity", "From batches to perplexity", measured,
+    example=lambda: ([(1.0, 30), (2.0, 10), (math.nan, 0)],),
+    stars=2, minutes=12, hints=[
+        "What is the sum of the losses in a batch, if its mean and its number of targets are "
+            "known?",
+        "NaN times 0 is NaN. Leave out the batches without targets; a loss of 0 with targets is "
+            "another thing, and stays.",
+        "The exponential comes last, of the one loss over all targets.",
+    ])
 
 @q2.inputs
 def _(rng):
-    one = lambda most=3.0: (round(rng.uniform(0.1, most), 3), rng.randint(2, 9))
-    return [([one()],), ([(0.5, 2), (2.5, 8)],), ([one(), one(), one()],), ([(math.nan, 0), one()],), ([one(), (math.nan, 0), one()],), ([],), ([(math.nan, 0)],), ([(math.nan, 0), (math.nan, 0)],),
-            ([(0.0, 5), one()],), ([(0.0, 3)],), ([(3.0, 9), (0.2, 3)],), ([one(1.0) for _ in range(rng.randint(4, 6))],), ([one(), (math.nan, rng.randint(2, 9)), one()],)]
+    nan = math.nan
+    def one(most=3.0): return round(rng.uniform(0.1, most), 3), rng.randint(2, 9)
+    lists = [
+        [one()], [(0.5, 2), (2.5, 8)], [one(), one(), one()],
+        [(nan, 0), one()], [one(), (nan, 0), one()], [], [(nan, 0)], [(nan, 0), (nan, 0)],
+        [(0.0, 5), one()], [(0.0, 3)], [(3.0, 9), (0.2, 3)],
+        [one(1.0) for _ in range(rng.randint(4, 6))],
+        [one(), (nan, rng.randint(2, 9)), one()]]
+    return [(batches,) for batches in lists]
 
 # %% ../../../exercises/solutions/05_training.ipynb #23599ca9
-def _measured(batches, loss=lambda some: sum(mean * n for mean, n in some) / sum(n for _, n in some), perplexity=lambda loss, some: math.exp(loss), none=ValueError):
+def _total(some): return sum(mean * n for mean, n in some)
+def _targets(some): return sum(n for _, n in some)
+
+def _measured(batches, loss=lambda some: _total(some) / _targets(some),
+              perplexity=lambda loss, some: math.exp(loss), none=ValueError):
     some = [(mean, n) for mean, n in batches if n]
     if not some:
         raise none
     return (found := loss(some)), perplexity(found, some)
 
-@q2.mistake("mean of means", "you give each batch the same vote. A batch with three times the targets weighs three times as much: weight by targets.")
+@q2.mistake("mean of means",
+    "you give each batch the same vote. A batch with three times the targets weighs three times "
+    "as much: weight by targets.")
 def _(batches): return _measured(batches, lambda some: sum(mean for mean, _ in some) / len(some))
 
-@q2.mistake("divided by the number of batches", "you divide the sum over all targets by the number of batches; divide it by the number of targets.")
+@q2.mistake("divided by the number of batches",
+    "you divide the sum over all targets by the number of batches; divide it by the number of "
+    "targets.")
 def _(batches):
     return _measured(batches, lambda some: sum(mean * n for mean, n in some) / len(batches))
 
-@q2.mistake("all batches as large as the first", "you take all batches to have as many targets as the first one. Count each.")
+@q2.mistake("all batches as large as the first",
+    "you take all batches to have as many targets as the first one. Count each.")
 def _(batches):
-    return _measured(batches, lambda some: sum(mean * n for mean, n in some) / (some[0][1] * len(some)))
+    return _measured(batches, lambda some: _total(some) / (some[0][1] * len(some)))
 
-@q2.mistake("a sum", "that is the sum over all targets; it grows with the number of rows. Divide by the number of targets.")
+@q2.mistake("a sum",
+    "that is the sum over all targets; it grows with the number of rows. Divide by the number of "
+    "targets.")
 def _(batches): return _measured(batches, lambda some: sum(mean * n for mean, n in some))
 
 # %% ../../../exercises/solutions/05_training.ipynb #b4613fd8
-@q2.mistake("mean of perplexities", "the loss is right; the perplexity is not the mean of the batches' perplexities. The exponential lifts high losses most, so that mean is too large, and it depends on how rows fall into batches. Take exp of the loss, at the end.")
+@q2.mistake("mean of perplexities",
+    "the loss is right; the perplexity is not the mean of the batches' perplexities. The "
+    "exponential lifts high losses most, so that mean is too large, and it depends on how rows "
+    "fall into batches. Take exp of the loss, at the end.")
 def _(batches):
-    return _measured(batches, perplexity=lambda _, some: sum(math.exp(mean) * n for mean, n in some) / sum(n for _, n in some))
+    def perplexity(loss, some):
+        return sum(math.exp(mean) * n for mean, n in some) / _targets(some)
+    return _measured(batches, perplexity=perplexity)
 
-@q2.mistake("plain mean of perplexities", "the loss is right; the perplexity is not the mean of the batches' perplexities, and here each batch has the same vote, too. Take exp of the loss, at the end.")
+@q2.mistake("plain mean of perplexities",
+    "the loss is right; the perplexity is not the mean of the batches' perplexities, and here "
+    "each batch has the same vote, too. Take exp of the loss, at the end.")
 def _(batches):
-    return _measured(batches, perplexity=lambda _, some: sum(math.exp(mean) for mean, _ in some) / len(some))
+    def perplexity(loss, some): return sum(math.exp(mean) for mean, _ in some) / len(some)
+    return _measured(batches, perplexity=perplexity)
 
-@q2.mistake("base 2", "the loss is in nats, and you raise 2 to it. That fits a loss in bits; for nats it is exp.")
+@q2.mistake("base 2",
+    "the loss is in nats, and you raise 2 to it. That fits a loss in bits; for nats it is exp.")
 def _(batches): return _measured(batches, perplexity=lambda loss, _: 2 ** loss)
 
-@q2.mistake("a NaN spreads", "one batch without targets makes everything NaN: NaN times 0 is NaN, not 0. Leave such batches out.")
+@q2.mistake("a NaN spreads",
+    "one batch without targets makes everything NaN: NaN times 0 is NaN, not 0. Leave such "
+    "batches out.")
 def _(batches):
-    return _measured(batches, lambda some: sum(mean * n for mean, n in batches) / sum(n for _, n in batches))
+    return _measured(batches, lambda some: _total(batches) / _targets(batches))
 
-@q2.mistake("a loss of 0 is left out", "a batch whose loss is 0 disappears. It has targets, and the model knew them all: look at the number of targets, not at the loss.")
+@q2.mistake("a loss of 0 is left out",
+    "a batch whose loss is 0 disappears. It has targets, and the model knew them all: look at the "
+    "number of targets, not at the loss.")
 def _(batches): return _measured([(mean, n) for mean, n in batches if mean])
 
-@q2.mistake("nothing measured looks perfect", "where nothing was measured you give a loss of 0 and a perplexity of 1, the best there is. Raise a ValueError.")
+@q2.mistake("nothing measured looks perfect",
+    "where nothing was measured you return a loss of 0 and a perplexity of 1, the best there is. "
+    "Raise a ValueError.")
 def _(batches): return _measured(batches) if any(n for _, n in batches) else (0.0, 1.0)
 
-@q2.mistake("divides by zero", "where no batch has a target, a ZeroDivisionError comes out of your function. It says nothing about what is wrong: look first, and raise a ValueError that does.")
+@q2.mistake("divides by zero",
+    "where no batch has a target, a ZeroDivisionError comes out of your function. It says nothing "
+    "about what is wrong: look first, and raise a ValueError that does.")
 def _(batches): return _measured(batches, none=ZeroDivisionError)
 
 # %% ../../../exercises/solutions/05_training.ipynb #73639636
-@q2.mistake("a broken model looks whole", "a batch that has targets and a loss of NaN disappears, so a model that has broken down looks fine. Leave out the batches without targets, and no others: look at the number, not at the loss.")
+@q2.mistake("a broken model looks whole",
+    "a batch that has targets and a loss of NaN disappears, so a model that has broken down looks "
+    "fine. Leave out the batches without targets, and no others: look at the number, not at the "
+    "loss.")
 def _(batches): return _measured([(mean, n) for mean, n in batches if not math.isnan(mean)])
 
-@q2.mistake("a batch without targets counts", "a batch without targets is counted as if it had one. It adds nothing above the line, and is to add nothing below it.")
+@q2.mistake("a batch without targets counts",
+    "a batch without targets is counted as if it had one. It adds nothing above the line, and is "
+    "to add nothing below it.")
 def _(batches):
-    return _measured(batches, lambda some: sum(mean * n for mean, n in some) / sum(max(n, 1) for _, n in batches))
+    def loss(some): return _total(some) / sum(max(n, 1) for _, n in batches)
+    return _measured(batches, loss)
 
 # %% ../../../exercises/solutions/05_training.ipynb #da2d2b5c
 def clipped(gradients, max_norm):
@@ -158,70 +226,107 @@ def clipped(gradients, max_norm):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/05_training.ipynb #d8b7de4f
-q3 = Question("training.clip", "One length for all", clipped, example=lambda: ([_tensor([3.0, 0.0]), None, _tensor([[0.0], [4.0]])], 1.0), stars=2, minutes=12, hints=[
-    "The length of a vector is the root of the sum of the squares of all its numbers. How they are cut into tensors plays no part.",
-    "One factor for all: `max_norm / norm` where the norm is larger than that, else 1.",
-    "The norm that you give back is the one from before. What would a log show if it were the one from after?"])
+q3 = Question("training.clip", "One length for all", clipped,
+    example=lambda: ([_tensor([3.0, 0.0]), None, _tensor([[0.0], [4.0]])], 1.0),
+    stars=2, minutes=12, hints=[
+        "The length of a vector is the root of the sum of the squares of all its numbers. How "
+            "they are cut into tensors plays no part.",
+        "One factor for all: `max_norm / norm` where the norm is larger than that, else 1.",
+        "The norm that you return is the one from before. What would a log show if it were the "
+            "one from after?",
+    ])
 
 @q3.inputs
 def _(rng):
-    some = lambda *shapes, by=2.0: [None if shape is None else by * _random(rng, *shape) + by for shape in shapes]
-    return [(some((2,)), 0.5), (some((2,), (2,)), 1.0), (some((3,), (2, 2)), 1.5), (some((2,), (3,), by=0.01), 1.0), (some((2, 2), (1,), (4,), by=5.0), 2.0), ([_tensor([0.0, 0.0]), _tensor([0.0])], 1.0),
-            (some(None, (2,)), 1.0), (some((2,), None, (3,), None, by=0.02), 1.0), ([_tensor([0.6]), _tensor([0.6]), _tensor([0.6])], 1.0), ([_tensor([0.1, -9.0]), _tensor([0.2])], 1.0), (some((3,), (5,)), 0.25)]
+    def some(*shapes, by=2.0):
+        return [None if shape is None else by * _random(rng, *shape) + by for shape in shapes]
+    t = _tensor
+    return [
+        (some((2,)), 0.5), (some((2,), (2,)), 1.0), (some((3,), (2, 2)), 1.5),
+        (some((2,), (3,), by=0.01), 1.0), (some((2, 2), (1,), (4,), by=5.0), 2.0),
+        ([t([0.0, 0.0]), t([0.0])], 1.0), (some(None, (2,)), 1.0),
+        (some((2,), None, (3,), None, by=0.02), 1.0), ([t([0.6]), t([0.6]), t([0.6])], 1.0),
+        ([t([0.1, -9.0]), t([0.2])], 1.0), (some((3,), (5,)), 0.25)]
 
 # %% ../../../exercises/solutions/05_training.ipynb #f3d3613e
 def _norm(gradients):
     return math.sqrt(sum(g.square().sum().item() for g in gradients if g is not None))
 
-def _clip(gradients, max_norm, norm=_norm, factor=lambda norm, most: most / norm if norm > most else 1.0, told=lambda norm, most: norm):
+def _clip(gradients, max_norm, norm=_norm, told=lambda norm, most: norm,
+          factor=lambda norm, most: most / norm if norm > most else 1.0):
     by = factor(norm(gradients), max_norm)
     return [None if g is None else g * by for g in gradients], told(norm(gradients), max_norm)
 
-@q3.mistake("each tensor on its own", "you clip each gradient by its own length. The long ones are shortened, the short ones are not, and the direction changes; one factor, from the length of all together, keeps it.")
+@q3.mistake("each tensor on its own",
+    "you clip each gradient by its own length. The long ones are shortened, the short ones are "
+    "not, and the direction changes; one factor, from the length of all together, keeps it.")
 def _(gradients, max_norm):
     return [None if g is None else _clip([g], max_norm)[0][0] for g in gradients], _norm(gradients)
 
-@q3.mistake("clipped by value", "you cut off single numbers (`clamp`). That is clipping by value, another method, which changes the direction; here all are made smaller by one factor.")
+@q3.mistake("clipped by value",
+    "you cut off single numbers (`clamp`). That is clipping by value, another method, which "
+    "changes the direction; here all are made smaller by one factor.")
 def _(gradients, max_norm):
-    return [None if g is None else g.clamp(-max_norm, max_norm) for g in gradients], _norm(gradients)
+    cut = [None if g is None else g.clamp(-max_norm, max_norm) for g in gradients]
+    return cut, _norm(gradients)
 
-@q3.mistake("short gradients are made longer", "a gradient that is shorter than max_norm comes out longer: you scale always. Clipping only shortens.")
+@q3.mistake("short gradients are made longer",
+    "a gradient that is shorter than max_norm comes out longer: you scale always. Clipping only "
+    "shortens.")
 def _(gradients, max_norm):
     return _clip(gradients, max_norm, factor=lambda norm, most: most / norm if norm else math.nan)
 
-@q3.mistake("short gradients are made longer, zeros stay", "a gradient that is shorter than max_norm comes out longer: you scale always. Clipping only shortens.")
+@q3.mistake("short gradients are made longer, zeros stay",
+    "a gradient that is shorter than max_norm comes out longer: you scale always. Clipping only "
+    "shortens.")
 def _(gradients, max_norm):
     return _clip(gradients, max_norm, factor=lambda norm, most: most / (norm or math.inf))
 
-@q3.mistake("a sum of lengths", "you add up the lengths of the tensors. Two sides of a rectangle are longer than its diagonal: square them, add, and take the root.")
+@q3.mistake("a sum of lengths",
+    "you add up the lengths of the tensors. Two sides of a rectangle are longer than its "
+    "diagonal: square them, add, and take the root.")
 def _(gradients, max_norm):
     return _clip(gradients, max_norm, lambda gradients: sum(_norm([g]) for g in gradients))
 
-@q3.mistake("the longest tensor", "you take the length of the longest tensor for that of all together.")
+@q3.mistake("the longest tensor",
+    "you take the length of the longest tensor for that of all together.")
 def _(gradients, max_norm):
     return _clip(gradients, max_norm, lambda gradients: max(_norm([g]) for g in gradients))
 
 # %% ../../../exercises/solutions/05_training.ipynb #de396e40
-@q3.mistake("the square of the length", "the root is missing: your norm is the square of the length.")
+@q3.mistake("the square of the length",
+    "the root is missing: your norm is the square of the length.")
 def _(gradients, max_norm):
     return _clip(gradients, max_norm, lambda gradients: _norm(gradients) ** 2)
 
-@q3.mistake("absolute values", "you add up absolute values (the 1-norm). The length is the root of the sum of squares (the 2-norm).")
+@q3.mistake("absolute values",
+    "you add up absolute values (the 1-norm). The length is the root of the sum of squares (the "
+    "2-norm).")
 def _(gradients, max_norm):
-    return _clip(gradients, max_norm, lambda gradients: sum(g.abs().sum().item() for g in gradients if g is not None))
+    def norm(gradients): return sum(g.abs().sum().item() for g in gradients if g is not None)
+    return _clip(gradients, max_norm, norm)
 
-@q3.mistake("the largest number", "your norm is the largest number in the gradients (the infinity norm); the length takes all of them.")
+@q3.mistake("the largest number",
+    "your norm is the largest number in the gradients (the infinity norm); the length takes all "
+    "of them.")
 def _(gradients, max_norm):
-    return _clip(gradients, max_norm, lambda gradients: max(g.abs().max().item() for g in gradients if g is not None))
+    def norm(gradients): return max(g.abs().max().item() for g in gradients if g is not None)
+    return _clip(gradients, max_norm, norm)
 
-@q3.mistake("the length afterwards", "you give the length after clipping, which is never above max_norm. In a log it would hide just those steps that one looks for.")
+@q3.mistake("the length afterwards",
+    "you return the length after clipping, which is never above max_norm. In a log it would hide "
+    "just those steps that one looks for.")
 def _(gradients, max_norm): return _clip(gradients, max_norm, told=min)
 
-@q3.mistake("divides by zero", "where all gradients are zero, your function divides by their length, 0. Nothing is to be shortened there: look first.")
+@q3.mistake("divides by zero",
+    "where all gradients are zero, your function divides by their length, 0. Nothing is to be "
+    "shortened there: look first.")
 def _(gradients, max_norm):
     return _clip(gradients, max_norm, factor=lambda norm, most: min(1.0, most / norm))
 
-@q3.mistake("None is left out", "weights without a gradient are missing from your list, so that all behind them get another weight's gradient. Keep the place, with None.")
+@q3.mistake("None is left out",
+    "weights without a gradient are missing from your list, so that all after them get another "
+    "weight's gradient. Keep the place, with None.")
 def _(gradients, max_norm): return _clip([g for g in gradients if g is not None], max_norm)
 
 # %% ../../../exercises/solutions/05_training.ipynb #9db3834c
@@ -236,71 +341,116 @@ def factor_at(step, steps, warmup, lowest):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/05_training.ipynb #f7ebfdf5
-q4 = Question("training.schedule", "No step for nothing", factor_at, example=lambda: (4, 9, 3, 0.1), stars=2, minutes=15, hints=[
-    "Write down the factors of 5 steps, 2 of them warm-up, lowest 0: which are 0.5, 1 and 0, and at which steps?",
-    "From the top at `warmup - 1` to the last step at `steps - 1`: what share of that way is done? It must be 0 at the one and 1 at the other.",
-    "`(1 + cos(pi * done)) / 2` goes from 1 to 0; stretched to go from 1 to `lowest` it is `lowest + (1 - lowest) * …`."])
+q4 = Question("training.schedule", "No step for nothing", factor_at,
+    example=lambda: (4, 9, 3, 0.1),
+    stars=2, minutes=15, hints=[
+        "Write down the factors of 5 steps, 2 of them warm-up, lowest 0: which are 0.5, 1 and 0, "
+            "and at which steps?",
+        "From the top at `warmup - 1` to the last step at `steps - 1`: what share of that way is "
+            "done? It must be 0 at the one and 1 at the other.",
+        "`(1 + cos(pi * done)) / 2` goes from 1 to 0; stretched to go from 1 to `lowest` it is "
+            "`lowest + (1 - lowest) * …`.",
+    ])
 
 @q4.inputs
 def _(rng):
     steps, warmup, lowest = rng.randint(20, 60), rng.randint(3, 9), round(rng.uniform(0.05, 0.3), 3)
-    return [(0, 1, 0, 0.1), (0, 1, 1, 0.1), (0, 9, 3, 0.1), (1, 9, 3, 0.1), (2, 9, 3, 0.1), (3, 9, 3, 0.0), (5, 9, 3, 0.1), (8, 9, 3, 0.1), (8, 9, 3, 0.0), (0, 9, 0, 0.2), (3, 9, 0, 0.2), (8, 9, 0, 0.2), (3, 4, 4, 0.5), (4, 5, 4, 0.5),
-            (2, 4, 8, 0.1), (7, 9, 3, 0.1), (5, 9, 1, 0.0), (warmup - 2, steps, warmup, lowest), (warmup + 2, steps, warmup, lowest), (steps - 4, steps, warmup, lowest)]
+    return [
+        (0, 1, 0, 0.1), (0, 1, 1, 0.1), (0, 9, 3, 0.1), (1, 9, 3, 0.1), (2, 9, 3, 0.1),
+        (3, 9, 3, 0.0), (5, 9, 3, 0.1), (8, 9, 3, 0.1), (8, 9, 3, 0.0), (0, 9, 0, 0.2),
+        (3, 9, 0, 0.2), (8, 9, 0, 0.2), (3, 4, 4, 0.5), (4, 5, 4, 0.5), (2, 4, 8, 0.1),
+        (7, 9, 3, 0.1), (5, 9, 1, 0.0), (warmup - 2, steps, warmup, lowest),
+        (warmup + 2, steps, warmup, lowest), (steps - 4, steps, warmup, lowest)]
 
 # %% ../../../exercises/solutions/05_training.ipynb #0193acc9
-def _factor(step, steps, warmup, lowest, rise=lambda step, warmup: (step + 1) / warmup, done=lambda step, steps, warmup: (step - max(warmup - 1, 0)) / max(steps - max(warmup, 1), 1), fall=lambda done: (1 + math.cos(math.pi * done)) / 2):
-    return rise(step, warmup) if step < warmup else lowest + (1 - lowest) * fall(done(step, steps, warmup))
+def _rise(step, warmup): return (step + 1) / warmup
+def _top(warmup): return max(warmup - 1, 0)
+def _done(step, steps, warmup): return (step - _top(warmup)) / max(steps - max(warmup, 1), 1)
+def _fall(done): return (1 + math.cos(math.pi * done)) / 2
 
-@q4.mistake("the first step does nothing", "your first step has the factor 0: the model computes and does not move. Steps count from 0, so the warm-up is `(step + 1) / warmup`.")
+def _factor(step, steps, warmup, lowest, rise=_rise, done=_done, fall=_fall):
+    if step < warmup:
+        return rise(step, warmup)
+    return lowest + (1 - lowest) * fall(done(step, steps, warmup))
+
+@q4.mistake("the first step does nothing",
+    "your first step has the factor 0: the model computes and does not move. Steps count from 0, "
+    "so the warm-up is `(step + 1) / warmup`.")
 def _(*args): return _factor(*args, rise=lambda step, warmup: step / warmup)
 
-@q4.mistake("the library's convention", "that is the lesson's schedule: it begins with 0, and its fall ends one step after the last. Here the first step has `1 / warmup`, and the last one `lowest`.")
+@q4.mistake("the library's convention",
+    "that is the lesson's schedule: it begins with 0, and its fall ends one step after the last. "
+    "Here the first step has `1 / warmup`, and the last one `lowest`.")
 def _(*args):
-    return _factor(*args, rise=lambda step, warmup: step / warmup, done=lambda step, steps, warmup: (step - warmup) / max(1, steps - warmup))
+    def done(step, steps, warmup): return (step - warmup) / max(1, steps - warmup)
+    return _factor(*args, rise=lambda step, warmup: step / warmup, done=done)
 
-@q4.mistake("never arrives", "the last step does not have `lowest`: it has the number `steps - 1`, and you divide as if it were `steps`.")
+@q4.mistake("never arrives",
+    "the last step does not have `lowest`: it has the number `steps - 1`, and you divide as if it "
+    "were `steps`.")
 def _(*args):
-    return _factor(*args, done=lambda step, steps, warmup: (step - max(warmup - 1, 0)) / (steps - max(warmup - 1, 0)))
+    def done(step, steps, warmup): return (step - _top(warmup)) / (steps - _top(warmup))
+    return _factor(*args, done=done)
 
-@q4.mistake("the top twice", "two steps have the factor 1: the last one of the warm-up, and the one after it. The fall begins at the top, which is step `warmup - 1`.")
+@q4.mistake("the top twice",
+    "two steps have the factor 1: the last one of the warm-up, and the one after it. The fall "
+    "begins at the top, which is step `warmup - 1`.")
 def _(*args):
-    return _factor(*args, done=lambda step, steps, warmup: (step - warmup) / max(1, steps - 1 - warmup))
+    def done(step, steps, warmup): return (step - warmup) / max(1, steps - 1 - warmup)
+    return _factor(*args, done=done)
 
 @q4.mistake("no warm-up", "there is no warm-up in your function.")
 def _(step, steps, warmup, lowest): return _factor(step, steps, 0, lowest)
 
-@q4.mistake("the fall counts from step 0", "after the warm-up your factor jumps down: you count the fall from step 0, so part of it is over before it begins. Count from the top.")
+@q4.mistake("the fall counts from step 0",
+    "after the warm-up your factor jumps down: you count the fall from step 0, so part of it is "
+    "over before it begins. Count from the top.")
 def _(*args): return _factor(*args, done=lambda step, steps, warmup: step / max(steps - 1, 1))
 
 # %% ../../../exercises/solutions/05_training.ipynb #bd96d44c
 @q4.mistake("falls to 0", "your fall goes to 0; `lowest` is where it ends.")
 def _(step, steps, warmup, lowest): return _factor(step, steps, warmup, 0.0)
 
-@q4.mistake("cut off at lowest", "your fall goes towards 0 and is cut off at `lowest`, so that it stands still for a while. Stretch it, so that it ends there.")
+@q4.mistake("cut off at lowest",
+    "your fall goes towards 0 and is cut off at `lowest`, so that it stands still for a while. "
+    "Stretch it, so that it ends there.")
 def _(step, steps, warmup, lowest):
-    return max(lowest, _factor(step, steps, warmup, 0.0)) if step >= warmup else _factor(step, steps, warmup, lowest)
+    if step < warmup:
+        return _factor(step, steps, warmup, lowest)
+    return max(lowest, _factor(step, steps, warmup, 0.0))
 
-@q4.mistake("lowest added on top", "`lowest` is added to a cosine that begins at 1, so the factor is above 1 at first. The cosine has only `1 - lowest` to fall.")
+@q4.mistake("lowest added on top",
+    "`lowest` is added to a cosine that begins at 1, so the factor is above 1 at first. The "
+    "cosine has only `1 - lowest` to fall.")
 def _(step, steps, warmup, lowest):
     return _factor(step, steps, warmup, 0.0) + (lowest if step >= warmup else 0.0)
 
-@q4.mistake("a straight fall", "your factor falls in a straight line; a cosine falls slowly at first and at the end.")
+@q4.mistake("a straight fall",
+    "your factor falls in a straight line; a cosine falls slowly at first and at the end.")
 def _(*args): return _factor(*args, fall=lambda done: 1 - done)
 
-@q4.mistake("a quarter of the cosine", "you take a quarter of the cosine's turn, from its top to its zero: it ends at its steepest. Half a turn, from 1 to -1, lifted and halved, ends gently.")
+@q4.mistake("a quarter of the cosine",
+    "you take a quarter of the cosine's turn, from its top to its zero: it ends at its steepest. "
+    "Half a turn, from 1 to -1, lifted and halved, ends gently.")
 def _(*args): return _factor(*args, fall=lambda done: math.cos(math.pi / 2 * done))
 
 @q4.mistake("degrees", "`math.cos` wants radians: half a turn is pi, not 180.")
 def _(*args): return _factor(*args, fall=lambda done: (1 + math.cos(180 * done)) / 2)
 
-@q4.mistake("divides by zero", "in a run of one step your function divides by zero: the top is the last step there, and nothing falls.")
+@q4.mistake("divides by zero",
+    "in a run of one step your function divides by zero: the top is the last step there, and "
+    "nothing falls.")
 def _(*args):
-    return _factor(*args, done=lambda step, steps, warmup: (step - max(warmup - 1, 0)) / (steps - 1 - max(warmup - 1, 0)))
+    def done(step, steps, warmup): return (step - _top(warmup)) / (steps - 1 - _top(warmup))
+    return _factor(*args, done=done)
 
 # %% ../../../exercises/solutions/05_training.ipynb #64e57e03
-@q4.mistake("the top before the run", "without warm-up your top is step -1, so that step 0 is already on its way down. It is to be `max(warmup - 1, 0)`.")
-def _(step, steps, warmup, lowest):
-    return _factor(step, steps, warmup, lowest, done=lambda step, steps, warmup: (step - warmup + 1) / max(steps - warmup, 1))
+@q4.mistake("the top before the run",
+    "without warm-up your top is step -1, so that step 0 is already on its way down. It is to be "
+    "`max(warmup - 1, 0)`.")
+def _(*args):
+    def done(step, steps, warmup): return (step - warmup + 1) / max(steps - warmup, 1)
+    return _factor(*args, done=done)
 
 # %% ../../../exercises/solutions/05_training.ipynb #84be415a
 def adamw(weight, gradient, m, v, step, lr, weight_decay):
@@ -313,10 +463,17 @@ def adamw(weight, gradient, m, v, step, lr, weight_decay):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/05_training.ipynb #e254e177
-q5 = Question("training.adamw", "AdamW by hand", adamw, example=lambda: (_tensor([1.0, -2.0]), _tensor([0.5, 0.001]), _tensor([0.0, 0.0]), _tensor([0.0, 0.0]), 1, 0.1, 0.1), stars=3, minutes=20, hints=[
-    "Look at the example: the gradients differ by a factor of 500, and without decay both weights would move by 0.1. Why, in the first step?",
-    "Four lines: `m`, `v`, the corrected two, the weight. The corrected ones go into the weight, and the uncorrected ones are given back.",
-    "`weight - lr * weight_decay * weight - lr * mean / (square.sqrt() + 1e-8)`, where both times it is the old weight."])
+q5 = Question("training.adamw", "AdamW by hand", adamw,
+    example=lambda: (_tensor([1.0, -2.0]), _tensor([0.5, 0.001]),
+                     _tensor([0.0, 0.0]), _tensor([0.0, 0.0]), 1, 0.1, 0.1),
+    stars=3, minutes=20, hints=[
+        "Look at the example: the gradients differ by a factor of 500, and without decay both "
+            "weights would move by 0.1. Why, in the first step?",
+        "Four lines: `m`, `v`, the corrected two, the weight. The corrected ones go into the "
+            "weight, and the uncorrected ones are returned.",
+        "`weight - lr * weight_decay * weight - lr * mean / (square.sqrt() + 1e-8)`, where both "
+            "times it is the old weight.",
+    ])
 
 @q5.inputs
 def _(rng):
@@ -325,86 +482,149 @@ def _(rng):
         sign = 2.0 * (m > 0) - 1
         gradient = gradient * 0 if still else scale * (gradient + 2 * sign)
         begun = float(step > 1)
-        return weight + 2 * sign, gradient, begun * scale * (m - sign), begun * scale ** 2 * (v.abs() + 0.5), step, lr, decay
-    return [one((1,), 1.0, 1, 0.1, 0.0), one((2,), 1.0, 1, 0.1, 0.1), one((2,), 1.0, 2, 0.1, 0.0), one((2, 2), 1.0, 3, 0.1, 0.5), one((2,), 1e-4, 1, 0.1, 0.1), one((2,), 1e-4, 3, 0.1, 0.0), one((2,), 1.0, 1, 0.1, 0.5, still=True),
-            one((3,), 0.1, 100, 0.05, 0.2), one((2, 3), 3.0, rng.randint(2, 30), 0.2, 0.3)]
+        m, v = begun * scale * (m - sign), begun * scale ** 2 * (v.abs() + 0.5)
+        return weight + 2 * sign, gradient, m, v, step, lr, decay
+    return [
+        one((1,), 1.0, 1, 0.1, 0.0), one((2,), 1.0, 1, 0.1, 0.1), one((2,), 1.0, 2, 0.1, 0.0),
+        one((2, 2), 1.0, 3, 0.1, 0.5), one((2,), 1e-4, 1, 0.1, 0.1), one((2,), 1e-4, 3, 0.1, 0.0),
+        one((2,), 1.0, 1, 0.1, 0.5, still=True), one((3,), 0.1, 100, 0.05, 0.2),
+        one((2, 3), 3.0, rng.randint(2, 30), 0.2, 0.3)]
 
 # %% ../../../exercises/solutions/05_training.ipynb #883f4695
-def _adamw(weight, g, m, v, step, lr, decay, betas=(0.9, 0.999), root=lambda square: square.sqrt() + 1e-8, correct=True, late=0, moves=None, kept=False, sign=1):
-    m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g ** 2
-    mean, square = (m / (1 - betas[0] ** (step + late)), v / (1 - betas[1] ** (step + late))) if correct else (m, v)
-    return weight - lr * decay * weight - sign * lr * (mean if moves is None else moves(g, m)) / root(square), *((mean, square) if kept else (m, v))
+def _root(square): return square.sqrt() + 1e-8
 
-@q5.mistake("decay inside the gradient", "you add the decay to the gradient. That is Adam with L2, and it gets divided by the root as well: weights with large gradients then hardly decay. The W in AdamW is that decay goes to the weight itself.")
+def _adamw(weight, g, m, v, step, lr, decay, betas=(0.9, 0.999), root=_root, correct=True,
+           late=0, moves=lambda mean, g: mean, kept=False, sign=1):
+    b1, b2 = betas
+    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g ** 2
+    mean, square = m, v
+    if correct:
+        mean, square = m / (1 - b1 ** (step + late)), v / (1 - b2 ** (step + late))
+    new = weight - lr * decay * weight - sign * lr * moves(mean, g) / root(square)
+    return (new, mean, square) if kept else (new, m, v)
+
+@q5.mistake("decay inside the gradient",
+    "you add the decay to the gradient. That is Adam with L2, and it gets divided by the root as "
+    "well: weights with large gradients then hardly decay. The W in AdamW is that decay goes to "
+    "the weight itself.")
 def _(weight, g, m, v, step, lr, decay):
     return _adamw(weight, g + decay * weight, m, v, step, lr, 0.0)
 
-@q5.mistake("no bias correction", "both running means begin at zero and are too small in the first steps, by different factors: the correction is missing.")
+@q5.mistake("no bias correction",
+    "both running means begin at zero and are too small in the first steps, by different factors: "
+    "the correction is missing.")
 def _(*args): return _adamw(*args, correct=False)
 
-@q5.mistake("epsilon inside the root", "`1e-8` stands under your root; there it acts like 1e-4, and small gradients hardly move anything. Add it after the root.")
+@q5.mistake("epsilon inside the root",
+    "`1e-8` is under your root; there it acts like 1e-4, and small gradients hardly move "
+    "anything. Add it after the root.")
 def _(*args): return _adamw(*args, root=lambda square: (square + 1e-8).sqrt())
 
-@q5.mistake("epsilon before the correction", "you add 1e-8 to the root of the uncorrected `v`, and so it is corrected along with it: in the first step it grows to 3e-7. It belongs to the root of the corrected one.")
+@q5.mistake("epsilon before the correction",
+    "you add 1e-8 to the root of the uncorrected `v`, and so it is corrected along with it: in "
+    "the first step it grows to 3e-7. It belongs to the root of the corrected one.")
 def _(*args):
     return _adamw(*args, root=lambda square: square.sqrt() + 1e-8 / math.sqrt(1 - 0.999 ** args[4]))
 
-@q5.mistake("the learning rate is missing from the decay", "your decay takes `weight_decay` of the weight in each step; it is `lr * weight_decay`, so that it falls along with the schedule.")
+@q5.mistake("the learning rate is missing from the decay",
+    "your decay takes `weight_decay` of the weight in each step; it is `lr * weight_decay`, so "
+    "that it falls along with the schedule.")
 def _(weight, g, m, v, step, lr, decay): return _adamw(weight, g, m, v, step, lr, decay / lr)
 
 # %% ../../../exercises/solutions/05_training.ipynb #1c0be73c
-@q5.mistake("the moved weight decays", "you move the weight first and let the result decay. The decay is taken of the old weight.")
+@q5.mistake("the moved weight decays",
+    "you move the weight first and let the result decay. The decay is taken of the old weight.")
 def _(weight, g, m, v, step, lr, decay):
     return (found := _adamw(weight, g, m, v, step, lr, 0.0))[0] * (1 - lr * decay), *found[1:]
 
 @q5.mistake("no decay", "there is no weight decay in your result.")
 def _(weight, g, m, v, step, lr, decay): return _adamw(weight, g, m, v, step, lr, 0.0)
 
-@q5.mistake("the decay has the wrong sign", "your weights grow where they should decay: that share is to be taken off.")
+@q5.mistake("the decay has the wrong sign",
+    "your weights grow where they should decay: that share is to be taken off.")
 def _(weight, g, m, v, step, lr, decay): return _adamw(weight, g, m, v, step, lr, -decay)
 
-@q5.mistake("the corrected means are kept", "you give back the corrected means. The next step would correct them again: keep the uncorrected ones.")
+@q5.mistake("the corrected means are kept",
+    "you return the corrected means. The next step would correct them again: keep the uncorrected "
+    "ones.")
 def _(*args): return _adamw(*args, kept=True)
 
 @q5.mistake("one step too late", "your correction uses `step + 1`; the first step is 1 already.")
 def _(*args): return _adamw(*args, late=1)
 
-@q5.mistake("the factors are swapped", "0.9 belongs to the gradient and 0.999 to its square: the size is averaged over a longer time than the direction.")
+@q5.mistake("the factors are swapped",
+    "0.9 belongs to the gradient and 0.999 to its square: the size is averaged over a longer time "
+    "than the direction.")
 def _(*args): return _adamw(*args, betas=(0.999, 0.9))
 
-@q5.mistake("old and new swapped", "in your running means the old value counts 0.1 (0.001) and the new one 0.9 (0.999). It is the other way round: they are to be calm.")
+@q5.mistake("old and new swapped",
+    "in your running means the old value counts 0.1 (0.001) and the new one 0.9 (0.999). It is "
+    "the other way round: they are to be calm.")
 def _(weight, g, m, v, step, lr, decay):
     m, v = 0.1 * m + 0.9 * g, 0.001 * v + 0.999 * g ** 2
-    return weight - lr * decay * weight - lr * m / (1 - 0.9 ** step) / ((v / (1 - 0.999 ** step)).sqrt() + 1e-8), m, v
+    mean, square = m / (1 - 0.9 ** step), v / (1 - 0.999 ** step)
+    return weight - lr * decay * weight - lr * mean / _root(square), m, v
 
 # %% ../../../exercises/solutions/05_training.ipynb #30388db1
-@q5.mistake("no root", "you divide by the mean square; its root is wanted, which has the unit of a gradient. Then the size of the gradients falls out.")
+@q5.mistake("no root",
+    "you divide by the mean square; its root is wanted, which has the unit of a gradient. Then "
+    "the size of the gradients falls out.")
 def _(*args): return _adamw(*args, root=lambda square: square + 1e-8)
 
-@q5.mistake("the gradient moves the weight", "you move by this step's gradient; it is the running mean `m` (corrected) that moves the weight. What you have is RMSprop.")
-def _(*args): return _adamw(*args, moves=lambda g, m: g)
+@q5.mistake("the gradient moves the weight",
+    "you move by this step's gradient; it is the running mean `m` (corrected) that moves the "
+    "weight. What you have is RMSprop.")
+def _(*args): return _adamw(*args, moves=lambda mean, g: g)
 
 @q5.mistake("uphill", "your weight moves along the gradient, and the loss would grow. Subtract.")
 def _(*args): return _adamw(*args, sign=-1)
 
-@q5.mistake("no epsilon", "where gradients have been zero all along, you divide 0 by 0. The 1e-8 is there for that.")
+@q5.mistake("no epsilon",
+    "where gradients have been zero all along, you divide 0 by 0. The 1e-8 is there for that.")
 def _(*args): return _adamw(*args, root=lambda square: square.sqrt())
 
-@q5.mistake("only m is corrected", "you correct `m` and not `v`, so that the first steps are some thirty times as large as they should be.")
+@q5.mistake("only m is corrected",
+    "you correct `m` and not `v`, so that the first steps are some thirty times as large as they "
+    "should be.")
 def _(*args):
     return _adamw(*args, root=lambda square: (square * (1 - 0.999 ** args[4])).sqrt() + 1e-8)
 
-@q5.mistake("the old means are used", "you move the weight with `m` and `v` as they were before this step; take in the new gradient first.")
+@q5.mistake("the old means are used",
+    "you move the weight with `m` and `v` as they were before this step; take in the new gradient "
+    "first.")
 def _(weight, g, m, v, step, lr, decay):
-    return weight - lr * decay * weight - lr * m / (1 - 0.9 ** step) / ((v / (1 - 0.999 ** step)).sqrt() + 1e-8), *_adamw(weight, g, m, v, step, lr, decay)[1:]
+    mean, square = m / (1 - 0.9 ** step), v / (1 - 0.999 ** step)
+    _, m, v = _adamw(weight, g, m, v, step, lr, decay)
+    return weight - lr * decay * weight - lr * mean / _root(square), m, v
 
 # %% ../../../exercises/solutions/05_training.ipynb #c86e8000
-q6 = OpenQuestion("training.which_batch", "Which batch is better?", stars=2, minutes=10, rubric=[
-    "The two perplexities cannot be compared: `exp(eval_loss)` takes the mean of the batches' means and depends on the batch size. Measure both models again, weighted by tokens, on the same rows.",
-    "If the loss is divided by the targets of the whole effective batch, 8 x 1 and 1 x 8 give the same gradients, up to rounding. With a mean of means short answers weigh more; look how the loss is divided, or compare the gradients of one step.",
-    "The second run is not one run: without AdamW's state (and the random state and the place in the data) it went on as another one. Repeat it without a break, or from whole checkpoints.",
-    "`constant` ignores the warm-up, so neither run had one; `constant_with_warmup` was meant. It does not explain the difference, and makes early steps rough.",
-    "One run of each is no comparison: several seeds, and an interval for the difference."],
-    model="First I would measure both models again on the same held-out rows, weighted by tokens: the two numbers come from different evaluation batch sizes, and a mean of batch means changes with these alone. Then I would look at how the loss is divided. If it is by the targets of the whole effective batch, the two ways have the same gradients up to rounding, and I can check that on one step; "
-          "if it is a mean of means, an answer of 2 tokens has had the same vote as one of 200. The second run lost AdamW's running means half-way, so I would repeat it without a break, or with checkpoints that hold everything. Neither run was warmed up, since `constant` ignores the setting; that hits both, but it should be mended. And if a difference is left after all this, I would want to see it with three seeds and an interval before I believed it.",
-    hints=["Which parts of the two runs were not \"all else equal\"? There are at least two.", "Which traps does lesson 05 name? Look for each of them in the letter."])
+q6 = OpenQuestion("training.which_batch", "Which batch is better?",
+    stars=2, minutes=10, rubric=[
+        "The two perplexities cannot be compared: `exp(eval_loss)` takes the mean of the batches' "
+            "means and depends on the batch size. Measure both models again, weighted by tokens, "
+            "on the same rows.",
+        "If the loss is divided by the targets of the whole effective batch, 8 x 1 and 1 x 8 give "
+            "the same gradients, up to rounding. With a mean of means short answers weigh more; "
+            "look how the loss is divided, or compare the gradients of one step.",
+        "The second run is not one run: without AdamW's state (and the random state and the place "
+            "in the data) it went on as another one. Repeat it without a break, or from whole "
+            "checkpoints.",
+        "`constant` ignores the warm-up, so neither run had one; `constant_with_warmup` was "
+            "meant. It does not explain the difference, and makes early steps rough.",
+        "One run of each is no comparison: several seeds, and an interval for the difference.",
+    ],
+    model=(
+        "First I would measure both models again on the same held-out rows, weighted by tokens: "
+        "the two numbers come from different evaluation batch sizes, and a mean of batch means "
+        "changes with these alone. Then I would look at how the loss is divided. If it is by the "
+        "targets of the whole effective batch, the two ways have the same gradients up to "
+        "rounding, and I can check that on one step; if it is a mean of means, an answer of 2 "
+        "tokens has had the same vote as one of 200. The second run lost AdamW's running means "
+        "half-way, so I would repeat it without a break, or with checkpoints that hold "
+        "everything. Neither run was warmed up, since `constant` ignores the setting; that hits "
+        "both, but it should be fixed. And if a difference is left after all this, I would want "
+        "to see it with three seeds and an interval before I believed it."),
+    hints=[
+        "Which parts of the two runs were not \"all else equal\"? There are at least two.",
+        "Which traps does lesson 05 name? Look for each of them in the letter.",
+    ])
