@@ -213,7 +213,8 @@ def plot_bars(
         places = [n + size * (i + 0.5) - 0.4 for n, row in enumerate(values.values()) if key in row]
         heights = [row[key] for row in values.values() if key in row]
         draw = ax.barh if horizontal else ax.bar
-        bars = draw(places, heights, 0.92 * size, label=key or None, **_fill(i))
+        look = _fill(i) | (dict(alpha=0.45) if intervals else {}) # an interval shows on a pale bar
+        bars = draw(places, heights, 0.92 * size, label=key or None, **look)
         if intervals:
             ends = [intervals[name][key] for name, row in values.items() if key in row]
             _error_bars(ax, places, heights, ends, horizontal)
@@ -230,16 +231,12 @@ def _fill(i) -> dict: # the look of the i-th series or term
                 edgecolor="white", linewidth=0)
 
 def _error_bars(ax, places, heights, ends, horizontal):
-    "Intervals, with a white rim that makes them visible on a bar."
-    from matplotlib.patheffects import withStroke
     lengths = [[h - low for h, (low, _) in zip(heights, ends)],
                [high - h for h, (_, high) in zip(heights, ends)]]
     if horizontal:
-        drawn = ax.errorbar(heights, places, xerr=lengths, fmt="none", ecolor=TEXT)
+        ax.errorbar(heights, places, xerr=lengths, fmt="none", ecolor=TEXT, elinewidth=2)
     else:
-        drawn = ax.errorbar(places, heights, yerr=lengths, fmt="none", ecolor=TEXT)
-    for line in drawn.get_children():
-        line.set(path_effects=[withStroke(linewidth=4, foreground="white")])
+        ax.errorbar(places, heights, yerr=lengths, fmt="none", ecolor=TEXT, elinewidth=2)
 
 def _name_bars(ax, names, unit, horizontal):
     if horizontal:

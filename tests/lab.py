@@ -1,26 +1,45 @@
-"A JupyterLab server of our own, and a browser page to drive it with: the pieces of the browser tests."
-import json, os, re, shutil, signal, socket, subprocess, sys, time
+"""A JupyterLab server of our own, and a browser page to drive it with.
+
+These are the pieces of the browser tests.
+"""
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import nbformat, psutil, pytest
+import nbformat
+import psutil
+import pytest
 from playwright.sync_api import TimeoutError, sync_playwright
 
 BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable",
-            "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome", "/Applications/Chromium.app/Contents/MacOS/Chromium"]
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+            "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+            "/Applications/Chromium.app/Contents/MacOS/Chromium"]
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+         "--disable-background-networking", "--disable-component-update"]
 SETTINGS = {  # every cell in the page, also those out of sight; no news, no questions
     "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
-    "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}}
+    "@jupyterlab/apputils-extension/notification": {"fetchNews": "false",
+                                                    "checkForUpdates": False}}
 IDLE = """() => { const widget = window.jupyterapp?.shell.currentWidget
+    const prompts = [...(widget?.node.querySelectorAll('.jp-InputPrompt') ?? [])]
     return !!widget?.context?.isReady && widget.sessionContext.isReady
         && widget.sessionContext.session?.kernel?.status === 'idle'
-        && ![...widget.node.querySelectorAll('.jp-InputPrompt')].some(p => p.innerText.includes('*')) }"""
+        && !prompts.some(p => p.innerText.includes('*')) }"""
 
 
 def find_browser() -> str: # path of the program
-    "The first browser there is; without one the test is skipped, or fails where `CI` says that there must be one."
+    """The first browser there is.
+
+    Without one the test is skipped, or fails where `CI` says that there must be one.
+    """
     for name in BROWSERS:
         if found := shutil.which(name):
             return found
@@ -33,8 +52,10 @@ def write_notebook(
     *sources:str, # one a code cell
 ):
     "A notebook of code cells without outputs."
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "python3", "language": "python"}
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    notebook.metadata["kernelspec"] = dict.fromkeys(("name", "display_name"), "python3")
+    notebook.metadata["kernelspec"]["language"] = "python"
     nbformat.write(notebook, path)
 
 
@@ -46,8 +67,9 @@ def environment(
         file = home/"settings"/f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values))
-    folders = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "JUPYTER_RUNTIME_DIR": "runtime",
-               "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "IPYTHONDIR": "ipython"}
+    folders = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+               "JUPYTER_RUNTIME_DIR": "runtime", "JUPYTER_CONFIG_DIR": "config",
+               "JUPYTER_DATA_DIR": "data", "IPYTHONDIR": "ipython"}
     return os.environ | {name: str(home/folder) for name, folder in folders.items()}
 
 
@@ -69,19 +91,25 @@ def jupyterlab(
     folder:Path, # the learner's folder, made where it is missing
     timeout:float=180, # seconds until the server must answer
 ):
-    "What `sftlab lab folder` serves, as the address it prints; the server and its kernels end with the block."
+    """What `sftlab lab folder` serves, as the address it prints.
+
+    The server and its kernels end with the block.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     home = Path(f"{folder}.jupyter")
     home.mkdir(parents=True)
-    command = [sys.executable, "-m", "sftlab.cli", "lab", str(folder), "--no-browser", f"--ServerApp.port={port}",
-               "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--expose-app-in-browser"]
+    command = [sys.executable, "-m", "sftlab.cli", "lab", str(folder), "--no-browser",
+               f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
+               "--IdentityProvider.token=", "--expose-app-in-browser"]
     with open(home/"log", "w") as log:
-        server = subprocess.Popen(command, env=environment(home), stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen(command, env=environment(home), stdout=log, stderr=log,
+                                  start_new_session=True)
     try:
         deadline = time.monotonic() + timeout
-        while not (found := re.search(rf"http://127\.0\.0\.1:{port}\S*", (home/"log").read_text())):
+        address = re.compile(rf"http://127\.0\.0\.1:{port}\S*")
+        while not (found := address.search((home/"log").read_text())):
             if server.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("the server did not start:\n" + (home/"log").read_text())
             time.sleep(.2)
@@ -125,7 +153,8 @@ def run_all(
     "Clear the notebook that is open, run all its cells and wait until the kernel is idle."
     page.evaluate("""() => { window.ran = false
         jupyterapp.commands.execute('notebook:clear-all-cell-outputs')
-          .then(() => jupyterapp.commands.execute('notebook:run-all-cells')).finally(() => window.ran = true) }""")
+          .then(() => jupyterapp.commands.execute('notebook:run-all-cells'))
+          .finally(() => window.ran = true) }""")
     page.wait_for_function("() => window.ran", timeout=timeout*1000)
     wait_idle(page, timeout)
 
@@ -133,11 +162,13 @@ def run_all(
 def replace_cell(
     page,
     begins:str, # how the code cell begins
-    source:str, # what is to stand there
+    source:str, # what it is to hold
 ):
     "Write into a cell of the notebook that is open, run it and the next one."
-    page.evaluate("""([begins, source]) => { const content = jupyterapp.shell.currentWidget.content
-        content.activeCellIndex = content.widgets.findIndex(cell => cell.model.sharedModel.getSource().startsWith(begins))
+    page.evaluate("""([begins, source]) => {
+        const content = jupyterapp.shell.currentWidget.content
+        const isIt = cell => cell.model.sharedModel.getSource().startsWith(begins)
+        content.activeCellIndex = content.widgets.findIndex(isIt)
         content.activeCell.model.sharedModel.setSource(source) }""", [begins, source])
     for _ in range(2):
         page.evaluate("() => jupyterapp.commands.execute('notebook:run-cell-and-select-next')")
@@ -147,13 +178,15 @@ def replace_cell(
 def errors(
     page,
 ) -> list: # one line of text each
-    "What went wrong in the notebook that is open: cells with an error, and code cells that did not run."
+    "What went wrong in the notebook that is open: errors, and code cells that did not run."
     found = []
     cells = page.evaluate("() => jupyterapp.shell.currentWidget.content.model.toJSON().cells")
     for number, cell in enumerate(cells):
         if cell["cell_type"] != "code":
             continue
-        found += [f"cell {number}: {out['ename']}: {out['evalue']}" for out in cell["outputs"] if out["output_type"] == "error"]
+        for out in cell["outputs"]:
+            if out["output_type"] == "error":
+                found.append(f"cell {number}: {out['ename']}: {out['evalue']}")
         if cell["execution_count"] is None and "".join(cell["source"]).strip():
             found.append(f"cell {number} did not run")
     return found
@@ -162,9 +195,10 @@ def errors(
 def ask(
     page,
     prompt:str, # what a learner types
-    timeout:float=180, # seconds until the answers must stand there
+    timeout:float=180, # seconds until the answers must be there
 ) -> str: # the text shown afterwards
-    "Type `prompt` into the side-by-side widget, press Generate, and wait for three answers that were not there before."
+    """Type `prompt` into the side-by-side widget, press Generate, and wait for three answers that
+    were not there before."""
     shown = page.locator(".sftlab-side-by-side")
     before = shown.inner_text()
     box = page.get_by_placeholder("Type a prompt")
@@ -172,9 +206,11 @@ def ask(
     box.press_sequentially(prompt)
     page.get_by_role("button", name="Generate").click()
     try:
-        page.wait_for_function("""before => { const text = document.querySelector('.sftlab-side-by-side')?.innerText ?? before
-        return text !== before && ['base', 'few-shot', 'instruct'].every(label => text.toLowerCase().includes(label)) }""",
-        arg=before, timeout=timeout*1000)
+        page.wait_for_function("""before => {
+            const text = document.querySelector('.sftlab-side-by-side')?.innerText ?? before
+            const told = label => text.toLowerCase().includes(label)
+            return text !== before && ['base', 'few-shot', 'instruct'].every(told) }""",
+            arg=before, timeout=timeout*1000)
     except TimeoutError:
         raise AssertionError(f"no new answers to {prompt!r}: {shown.inner_text()!r}") from None
     wait_idle(page, timeout)
@@ -188,7 +224,8 @@ def screenshot(
 ) -> Path: # the PNG
     "A picture of what the page shows, once it has come to rest."
     path = Path(os.environ.get("SFTLAB_SCREENSHOTS") or folder)/f"{name}.png"
-    page.evaluate("() => jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestKernelInfo()")
+    page.evaluate("""() => { const widget = jupyterapp.shell.currentWidget
+        return widget.sessionContext.session.kernel.requestKernelInfo() }""")
     page.wait_for_timeout(400)
     wait_idle(page)
     page.screenshot(path=path)

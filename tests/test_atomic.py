@@ -69,6 +69,18 @@ def test_a_folder_that_another_process_is_writing_is_left_to_it(tmp_path):
         child.wait()
 
 
+@pytest.mark.parametrize("pid", [os.getppid(), os.getpid()])
+def test_a_number_that_another_process_has_now_does_not_block(tmp_path, pid):
+    "In a container a new process often gets the number of the one that was killed."
+    left = tmp_path / f".run.{pid}.1.partial"
+    left.mkdir()
+    (left / "half").touch()
+    os.utime(left, (1, 1))  # long before any process of today began
+    with atomic_dir(tmp_path / "run") as part:
+        (part / "a").touch()
+    assert os.listdir(tmp_path) == ["run"]
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_any_error_leaves_nothing(tmp_path, error):
     with pytest.raises(error), atomic_file(tmp_path / "a") as f:

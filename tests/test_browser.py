@@ -1,25 +1,41 @@
-"Lesson 1 as a learner meets it: in JupyterLab, in a browser. Notebooks that go wrong on purpose show that the checks can fail."
+"""Lesson 1 as a learner meets it: in JupyterLab, in a browser.
+
+Notebooks that go wrong on purpose show that the checks can fail.
+"""
 import json
 
-import psutil, pytest
+import psutil
+import pytest
 
-from lab import ask, browser_page, errors, find_browser, jupyterlab, open_notebook, replace_cell, run_all, screenshot, wait_idle, write_notebook
+from lab import (ask, browser_page, errors, find_browser, jupyterlab, open_notebook, replace_cell,
+                 run_all, screenshot, wait_idle, write_notebook)
 
+pytestmark = pytest.mark.slow
 LESSON = "01_base_vs_instruct.ipynb"
 EXERCISE = "exercises/01_generation.ipynb"
 ANSWER = """def probabilities(logits, temperature):
-    if temperature == 0: return (logits == logits.amax(-1, keepdim=True)).float()
+    if temperature == 0:
+        return (logits == logits.amax(-1, keepdim=True)).float()
     return (logits / temperature).softmax(-1)"""
+LATE = ANSWER.replace("(logits / temperature).softmax(-1)", "logits.softmax(-1) / temperature")
 WIDGET = """
 from ipywidgets import Button, HTML, Text, VBox
-prompt, button, answers = Text(placeholder="Type a prompt"), Button(description="Generate"), HTML("base few-shot instruct")
+prompt, button = Text(placeholder="Type a prompt"), Button(description="Generate")
+answers = HTML("base few-shot instruct")
 answers.add_class("sftlab-side-by-side")
 display(VBox([prompt, button, answers]))
 """
-def answering(*labels):
-    return WIDGET + f"""
-button.on_click(lambda _: setattr(answers, "value", "".join(f"<p>{{who}}: {{prompt.value.upper()}}</p>" for who in {labels})))
+ANSWERS = """
+def answer(_):
+    told = [f"<p>{who}: {prompt.value.upper()}</p>" for who in LABELS]
+    answers.value = "".join(told)
+button.on_click(answer)
 """
+
+
+def answering(*labels): return WIDGET + ANSWERS.replace("LABELS", repr(labels))
+
+
 CONTROLS = {
     "good": ["1 + 1", answering("Base", "Few-shot", "Instruct")],
     "fails": ["1 + 1", "1 / 0", "'never reached'"],
@@ -53,7 +69,7 @@ def page(address):
 
 
 def test_lesson_1(page, address, tmp_path):
-    assert address.endswith(f"/lab/tree/{LESSON}"), f"the address that is printed does not open lesson 1: {address}"
+    assert address.endswith(f"/lab/tree/{LESSON}"), f"what is printed opens no lesson: {address}"
     open_notebook(page, LESSON)
     run_all(page)
     assert errors(page) == []
@@ -68,7 +84,8 @@ def test_an_exercise_knows_the_mistake_and_keeps_what_was_done(page, folder, tmp
     run_all(page)
     assert errors(page) == []  # an untouched copy shows no red
     assert page.get_by_text("○ Temperature · not attempted yet").count() == 1
-    replace_cell(page, "def probabilities", ANSWER.replace("(logits / temperature).softmax(-1)", "logits.softmax(-1) / temperature"))
+    assert LATE != ANSWER
+    replace_cell(page, "def probabilities", LATE)
     page.get_by_text("✗ Temperature · the temperature comes too late").wait_for()
     replace_cell(page, "def probabilities", ANSWER)
     page.get_by_text("✓ Temperature · right").wait_for()
@@ -112,16 +129,22 @@ def test_widget_without_new_answers_is_reported(page, name):
 
 def test_server_and_kernels_end_with_a_failing_test(tmp_path):
     write_notebook(tmp_path/"good.ipynb", "1")
-    with pytest.raises(ZeroDivisionError), jupyterlab(tmp_path) as address, browser_page(address) as page:
+    gone = pytest.raises(ZeroDivisionError)
+    with gone, jupyterlab(tmp_path) as address, browser_page(address) as page:
         open_notebook(page, "good.ipynb")
-        commands = {process: " ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)}
-        1 / 0
-    started = {process: command for process, command in commands.items() if str(tmp_path) in command}
+        family = psutil.Process().children(recursive=True)
+        commands = {process: " ".join(process.cmdline()) for process in family}
+        raise ZeroDivisionError
+    started = {process: command for process, command in commands.items()
+               if str(tmp_path) in command}
     assert any("ipykernel" in command for command in started.values())
     assert not any(process.is_running() for process in started)
 
 
-@pytest.mark.parametrize("ci, outcome", [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])
+OUTCOMES = [("true", pytest.fail.Exception), ("", pytest.skip.Exception)]
+
+
+@pytest.mark.parametrize("ci, outcome", OUTCOMES)
 def test_without_a_browser(monkeypatch, ci, outcome):
     monkeypatch.setenv("CI", ci)
     monkeypatch.setattr("lab.shutil.which", lambda name: None)

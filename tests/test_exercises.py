@@ -1,45 +1,98 @@
-"The exercises: every checker against wrong answers, the notebooks that learners get, their progress, and nbgrader."
-import contextlib, copy, inspect, io, itertools, json, linecache, math, os, random, re, subprocess, sys, time, zlib
+"""The exercises.
+
+Every checker against wrong answers, the notebooks that learners get, their progress, and nbgrader.
+What there is to test is found by looking: a new master in `exercises/solutions` needs no edit here.
+"""
+import contextlib
+import copy
+import functools
+import inspect
+import io
+import json
+import linecache
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+import zlib
 from importlib import import_module
 from pathlib import Path
-import nbformat, pytest, torch
+
+import nbformat
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sftlab import cli
-from sftlab.study import exercises as ex
 from test_notebooks import run
 
+from sftlab.study import exercises as ex
+from sftlab.study import masters as ma
+from sftlab.study import progress as pr
+from sftlab.study.workspace import copy_course
+
 ROOT = Path(__file__).resolve().parent.parent
-MASTERS = sorted(ROOT.glob("exercises/solutions/*.ipynb"))
-NAMES = [path.name for path in MASTERS]
-LEARNERS = [ROOT / "exercises" / name for name in NAMES]
+MASTERS = {path.name: path for path in sorted(ROOT.glob("exercises/solutions/*.ipynb"))}
+NAMES = list(MASTERS)
+LEARNERS = {name: ROOT / "exercises" / name for name in NAMES}
+each_notebook = pytest.mark.parametrize("name", NAMES)
+
 
 def sources(path, kind="code"):
-    return ["".join(c["source"]) for c in json.loads(path.read_text("utf-8"))["cells"] if c["cell_type"] == kind]
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    return ["".join(c["source"]) for c in cells if c["cell_type"] == kind]
 
-def questions_with_wrong_answers(master):
-    "The questions of a master with all their wrong answers, which are entered, and not tried at once as in the notebook."
-    scope, kept = {"__name__": master.stem}, ex.Question.wrong
-    def enter(question, name):
+
+def module_of(name):
+    "What a master exports."
+    exports = re.search(r"#\| default_exp (\S+)", "\n".join(sources(MASTERS[name])))[1]
+    return import_module(f"sftlab.{exports}")
+
+
+QUESTIONS = {name: pr.questions_of(module_of(name)) for name in NAMES}  # of each: "q1" -> question
+ASKED = {q.key: (name, number) for name, asked in QUESTIONS.items() for number, q in asked.items()
+         if isinstance(q, ex.Question)}
+
+
+def functions(name):
+    "The questions of a notebook that ask for a function."
+    return [q for q in QUESTIONS[name].values() if isinstance(q, ex.Question)]
+
+
+@functools.cache
+def with_wrong_answers(name):
+    """The questions of a master with all their wrong answers.
+
+    These are entered, and not tried at once, as in the notebook: that is done where it is run.
+    """
+    scope = {"__name__": name}
+
+    def enter(question, mistake):
         def wrong(function):
-            question.answers.append((name, function))
+            question.answers.append((mistake, function))
             return question.solve
         return wrong
-    ex.Question.wrong = enter
-    try:
-        for i, source in enumerate(sources(master)):
-            if source.startswith("#| default_exp") or "load(" in source:
-                continue # nothing to ask there; the model
-            name = f"<{master.stem} cell {i}>"
-            linecache.cache[name] = (len(source), None, source.splitlines(True), name)
-            exec(compile(source, name, "exec"), scope)
-    finally:
-        ex.Question.wrong = kept
-    return {name: q for name, q in scope.items() if isinstance(q, ex.Question)}
 
-ASKED = {(master.stem, name): q for master in MASTERS for name, q in questions_with_wrong_answers(master).items()}
-IDS = [q.key for q in ASKED.values()]
-each_question = pytest.mark.parametrize("q", ASKED.values(), ids=IDS)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(ex.Question, "wrong", enter)
+        for i, source in enumerate(sources(MASTERS[name])):
+            if source.startswith("#| default_exp") or "load(" in source:
+                continue  # nothing to ask there; the model
+            cell = f"<{name} cell {i}>"
+            linecache.cache[cell] = (len(source), None, source.splitlines(True), cell)
+            exec(compile(source, cell, "exec"), scope)
+    return pr.questions_of(type("", (), scope))
+
+
+@pytest.fixture(params=ASKED, ids=str)
+def q(request):
+    "Each question that asks for a function, with its wrong answers."
+    name, number = ASKED[request.param]
+    return with_wrong_answers(name)[number]
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -47,157 +100,227 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
-# every checker
 
-@each_question
+# --- every checker
+
 def test_wrong_answers_are_rejected_by_name(q, record_property):
     rows = [row for seed in (0, 1, 2) for row in ex.kills(q, seed)]
     named = [row for row in rows if row[1] not in (None, "right", "not attempted")]
-    record_property("kills", f"{q.key:28} {sum(row not in ex.survivors(rows) for row in named) // 3:3} / {len(named) // 3}")
+    rejected = sum(row not in ex.survivors(rows) for row in named)
+    record_property("kills", f"{q.key:28} {rejected // 3:3} / {len(named) // 3}")
     assert ex.survivors(rows) == []
     assert len(q.answers) >= 3
 
-@each_question
+
 def test_every_mistake_that_a_check_names_is_tried(q):
     tried = [name for name, _ in q.answers]
     assert [name for name in q.mistakes if name not in tried] == [] and len(q.hints) >= 2
 
-def test_a_lesson_has_enough_wrong_answers():
-    for master, asked in itertools.groupby(ASKED.items(), key=lambda pair: pair[0][0]):
-        assert sum(len(q.answers) for _, q in asked) >= 16, master
 
-@each_question
+@each_notebook
+def test_a_lesson_has_enough_wrong_answers(name):
+    asked = with_wrong_answers(name).values()
+    assert sum(len(q.answers) for q in asked if isinstance(q, ex.Question)) >= 16
+
+
 def test_a_check_that_looks_at_the_example_alone_is_found_out(q, monkeypatch):
     "The control: with fewer inputs, answers come through that know nothing."
     monkeypatch.setattr(q, "make", lambda rng: [])
     assert ("the example alone", None, "right") in ex.survivors(ex.kills(q))
 
-@each_question
+
 def test_without_its_mistakes_a_check_names_none(q, monkeypatch):
     "The control: names come from the mistakes, so without them the wrong answers are survivors."
     known = set(q.mistakes)
     monkeypatch.setattr(q, "mistakes", {})
-    assert {name for name, want, _ in ex.survivors(ex.kills(q, 0)) if want} == {name for name, _ in q.answers if name in known}
+    nameless = {name for name, want, _ in ex.survivors(ex.kills(q, 0)) if want}
+    assert nameless == {name for name, _ in q.answers if name in known}
 
-@each_question
+
 def test_the_solution_is_right_on_many_inputs(q):
     for seed in range(20):
         assert ex.judge(q, q.solve, seed).name == "right"
 
-@each_question
+
 def test_inputs_are_fixed_by_the_seed_and_new_without(q):
-    text = lambda seed: repr(q.make(random.Random(seed)))
+    def text(seed): return repr(q.make(random.Random(seed)))
     assert text(0) == text(0) and len({text(seed) for seed in range(5)}) == 5
 
-@each_question
+
 def test_the_solution_is_shown_without_marks(q, folder, capsys):
     q.solution()
     shown = capsys.readouterr().out
     scope = dict(torch=torch, math=math, json=json, zlib=zlib)
-    exec(shown, scope) # it stands alone, but for the imports that the learner's notebook has
+    exec(shown, scope)  # needs nothing but the imports that the learner's notebook has
     assert ex.judge(q, scope[q.name], 0).name == "right" and "SOLUTION" not in shown
-    assert ex.read_progress() == {q.key: dict(state="shown", tries=1)}
+    assert pr.read_progress() == {q.key: dict(state="shown", tries=1)}
+
+
+KEYS = {
+    "generation": "temperature top_p stop_sequences pad_left answer_loss is_it_better",
+    "data": "sharegpt jsonl jaccard split_by_key to_alpaca too_good",
+    "templates": "chat_prompt join_parts fold_system cut_special read_chatml fine_in_training",
+    "masking": "row_labels batch_labels fit masked_loss shares better_loss",
+    "training": "rows_seen perplexity clip schedule adamw which_batch",
+    "memory": "held parameters first_too_large checkpointing chunked_loss sixteen_of_24",
+    "lora": "trainable fresh merged step as_one learned_nothing",
+    "quantization": "pack weighed blocks restored normal_float worse_after_merge",
+}
+
 
 def test_keys_are_unique_and_stay():
     "A key that changes loses what learners have done: this list only grows."
-    keys = [task.key for tasks in ex.all_questions().values() for task in tasks]
+    keys = [task.key for tasks in pr.all_questions().values() for task in tasks]
     assert len(set(keys)) == len(keys)
-    assert {"generation.temperature", "generation.top_p", "generation.stop_sequences", "generation.pad_left", "generation.answer_loss", "generation.is_it_better",
-            "data.sharegpt", "data.jsonl", "data.jaccard", "data.split_by_key", "data.to_alpaca", "data.too_good",
-            "templates.chat_prompt", "templates.join_parts", "templates.fold_system", "templates.cut_special", "templates.read_chatml", "templates.fine_in_training",
-            "masking.row_labels", "masking.batch_labels", "masking.fit", "masking.masked_loss", "masking.shares", "masking.better_loss",
-            "training.rows_seen", "training.perplexity", "training.clip", "training.schedule", "training.adamw", "training.which_batch",
-            "memory.held", "memory.parameters", "memory.first_too_large", "memory.checkpointing", "memory.chunked_loss", "memory.sixteen_of_24",
-            "lora.trainable", "lora.fresh", "lora.merged", "lora.step", "lora.as_one", "lora.learned_nothing",
-            "quantization.pack", "quantization.weighed", "quantization.blocks", "quantization.restored", "quantization.normal_float", "quantization.worse_after_merge"} <= set(keys)
+    assert {f"{module}.{name}" for module in KEYS for name in KEYS[module].split()} <= set(keys)
 
-# the notebooks
 
-@pytest.mark.parametrize("name", NAMES)
+# --- the notebooks
+
+@each_notebook
 def test_learners_notebooks_are_in_step_with_their_masters(name):
-    made = ex.notebook_text(ex.notebook_from(ROOT / "exercises/solutions" / name))
-    assert (ROOT / "exercises" / name).read_text("utf-8") == made, "run make exercises"
+    made = ma.notebook_text(ma.notebook_from(MASTERS[name]))
+    assert LEARNERS[name].read_text("utf-8") == made, "run make exercises"
     nbformat.validate(nbformat.reads(made, 4))
-    assert len({cell["id"] for cell in json.loads(made)["cells"]}) == len(json.loads(made)["cells"])
+    cells = json.loads(made)["cells"]
+    assert len({cell["id"] for cell in cells}) == len(cells)
 
-def test_a_changed_master_would_be_noticed(tmp_path):
-    "The control: one changed letter of a task makes another notebook."
-    text = MASTERS[0].read_text("utf-8")
-    (tmp_path / NAMES[0]).write_text(text.replace("Logits become", "Logits  become", 1), "utf-8")
-    assert ex.notebook_text(ex.notebook_from(tmp_path / NAMES[0])) != LEARNERS[0].read_text("utf-8")
+
+@each_notebook
+def test_a_changed_master_would_be_noticed(name, tmp_path):
+    "The control: one more letter in a task makes another notebook."
+    notebook = json.loads(MASTERS[name].read_text("utf-8"))
+    task = next(c for c in notebook["cells"] if "".join(c["source"]).startswith("## q1"))
+    task["source"][-1] += "s"
+    (tmp_path / name).write_text(json.dumps(notebook), "utf-8")
+    made = ma.notebook_text(ma.notebook_from(tmp_path / name))
+    assert made != ma.notebook_text(ma.notebook_from(MASTERS[name]))
+
 
 def test_every_learners_notebook_has_a_master():
     assert sorted(path.name for path in ROOT.glob("exercises/*.ipynb")) == NAMES
 
-def telling(line):
-    return len(re.findall(r"\w", line)) > 12 and not line.strip().startswith(("import", "#", "return messages"))
 
-@pytest.mark.parametrize("name", NAMES)
+def telling(line):
+    "Whether nobody would write the line without having seen it."
+    usual = ("import", "#", "return messages")
+    return len(re.findall(r"\w", line)) > 12 and not line.strip().startswith(usual)
+
+
+def lines_of(texts):
+    return {line.strip() for text in texts for line in text.splitlines() if telling(line)}
+
+
+@functools.cache
+def solutions():
+    "The lines of all solutions."
+    texts = ["\n".join(sources(path)) for path in MASTERS.values()]
+    found = [re.findall(r"# BEGIN SOLUTION\n(.*?)# END SOLUTION", t, re.DOTALL) for t in texts]
+    assert [len(some) for some in found] == [len(functions(name)) for name in NAMES]
+    return lines_of(text for some in found for text in some)
+
+
+@each_notebook
 def test_learners_notebooks_hold_no_solution(name):
     "No line of a solution, a mistake or a wrong answer, and no rubric."
-    text = (ROOT / "exercises" / name).read_text("utf-8")
-    learner = {line.strip() for kind in ("code", "markdown") for source in sources(ROOT / "exercises" / name, kind) for line in source.splitlines()}
-    secret = {line.strip() for q in ASKED.values() for line in ex.without_marks(inspect.getsource(q.solve)).splitlines()[2:] if telling(line)}
-    secret |= {line.strip() for source in sources(ROOT / "exercises/solutions" / name) if ".wrong(" in source or ".mistake(" in source for line in source.splitlines() if telling(line) and not line.startswith("def ")}
-    assert len(secret) > 50 and not secret & learner
-    assert not any(point in text for tasks in ex.all_questions().values() for task in tasks if isinstance(task, ex.OpenQuestion) for point in [*task.rubric, task.model])
-    assert "SOLUTION" not in text and not any(cell.get("outputs") for cell in json.loads(text)["cells"])
+    text = LEARNERS[name].read_text("utf-8")
+    marked = [s for s in sources(MASTERS[name]) if ".wrong(" in s or ".mistake(" in s]
+    hidden = lines_of(re.sub(r"^def .*", "", s, flags=re.MULTILINE) for s in marked)
+    secret = hidden | solutions()
+    learner = lines_of(sources(LEARNERS[name], "code") + sources(LEARNERS[name], "markdown"))
+    assert len(hidden) > 50 and not secret & learner
+    asked = [q for questions in QUESTIONS.values() for q in questions.values()]
+    opened = [q for q in asked if isinstance(q, ex.OpenQuestion)]
+    assert not any(point in text for q in opened for point in [*q.rubric, q.model])
+    assert "SOLUTION" not in text and not any(c.get("outputs") for c in json.loads(text)["cells"])
 
-@pytest.mark.parametrize("name", NAMES)
+
+@each_notebook
 def test_headings_name_the_questions(name):
-    questions = ex.questions_of(import_module("sftlab.study.checks." + name.split("_", 1)[1].removesuffix(".ipynb")))
-    headings = [source.splitlines()[0] for source in sources(ROOT / "exercises/solutions" / name, "markdown") if source.startswith("## q")]
-    assert headings == [f"## {q}: {task.title}" for q, task in questions.items()]
+    texts = sources(MASTERS[name], "markdown")
+    headings = [text.splitlines()[0] for text in texts if text.startswith("## q")]
+    asked = QUESTIONS[name].items()
+    assert headings == [f"## {number}: {task.title}" for number, task in asked]
 
-@pytest.mark.parametrize("name", NAMES)
+
+@each_notebook
 def test_stubs_are_not_attempted(name, folder, capsys):
-    for source in sources(ROOT / "exercises" / name):
-        if "NotImplementedError\n" not in source + "\n" or not source.startswith("def "):
-            continue
+    stubs = [s for s in sources(LEARNERS[name]) if re.search("raise NotImplementedError$", s)]
+    for source, q in zip(stubs, functions(name), strict=True):
         scope = {}
         exec(source, scope)
-        q = next(q for q in ASKED.values() if q.name in scope)
         q.check(scope[q.name])
         assert capsys.readouterr().out.startswith(f"○ {q.title} · not attempted yet")
         with pytest.raises(ex.NotYet, match="not attempted"):
             q.grade(scope[q.name])
-    assert not (folder / ex.PROGRESS).exists()
+        assert q.grade(q.solve) is None
+    assert not (folder / pr.PROGRESS).exists()
 
-def solved(path):
+
+def solved(notebook, name):
     "A learner's notebook with all the answers in it."
-    notebook = json.loads(path.read_text("utf-8"))
+    answers = {f"def {q.name}(": inspect.getsource(q.solve) for q in functions(name)}
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
-        q = next((q for q in ASKED.values() if source.startswith(f"def {q.name}(")), None)
-        if q:
-            cell["source"] = ex.without_marks(inspect.getsource(q.solve))
+        for begins, answer in answers.items():
+            if source.startswith(begins):
+                cell["source"] = ex.without_marks(answer)
         if source.endswith(".mark()"):
             cell["source"] = source.replace("()", "(3)")
     return notebook
 
-@pytest.mark.parametrize("name", NAMES)
-def test_notebook_runs_untouched_and_solved(name, tmp_path):
-    for state, notebook in [("untouched", json.loads((ROOT / "exercises" / name).read_text("utf-8"))), ("solved", solved(ROOT / "exercises" / name))]:
-        path = tmp_path / state / name
-        path.parent.mkdir()
-        path.write_text(json.dumps(notebook), "utf-8")
-        run(path, tmp_path / "refused", limit=180)
-    assert not (tmp_path / "refused").exists() and not (tmp_path / "untouched" / ex.PROGRESS).exists()
-    kept = json.loads((tmp_path / "solved" / ex.PROGRESS).read_text())
+
+def one_after_another(*parts):
+    """One notebook of several: name, notebook and code that ends it, a part.
+
+    Each begins without any name of those before, and its cells' ids say where they are from.
+    """
+    cells = []
+    for part, notebook, end in parts:
+        for cell in notebook["cells"]:
+            cells.append(nbformat.from_dict(cell | dict(id=f"{part}-{cell['id']}")))
+        cells.append(nbformat.v4.new_code_cell(f"%reset -f\n{end}", id=f"{part}-end"))
+        cells.append(nbformat.v4.new_code_cell("%reset -f", id=f"{part}-reset"))
+    return nbformat.v4.new_notebook(cells=cells)
+
+
+NOTHING_KEPT = f"import os\nassert not os.path.exists({pr.PROGRESS!r})"
+
+
+@pytest.mark.slow
+@each_notebook
+def test_notebook_runs_untouched_and_solved_and_its_master(name, tmp_path):
+    """Each is executed once a run, the three of them in one kernel.
+
+    Untouched it shows no error and keeps nothing. Solved, everything in it is right. In its master
+    each wrong answer is tried as the author sees it: a cell fails unless it is rejected by name.
+    """
+    untouched, master = (json.loads(p[name].read_text("utf-8")) for p in (LEARNERS, MASTERS))
+    full = solved(copy.deepcopy(untouched), name)
+    path, log = tmp_path / name, tmp_path / "refused"
+    nbformat.write(one_after_another(("untouched", untouched, NOTHING_KEPT), ("solved", full, ""),
+                                     ("master", master, "")), path)
+    run(path, log, limit=300)
+    assert not log.exists()
+    kept = json.loads((tmp_path / pr.PROGRESS).read_text())
     assert {entry["state"] for entry in kept.values()} == {"right", "3 of 5 points"}
-    assert set(kept) == {task.key for tasks in ex.all_questions().values() for task in tasks if task.key.startswith(name.split("_", 1)[1].removesuffix(".ipynb") + ".")}
+    assert set(kept) == {task.key for task in QUESTIONS[name].values()}
 
-@pytest.mark.parametrize("name", NAMES)
-def test_masters_run(name, tmp_path):
-    "Each wrong answer is tried there as the author sees it."
-    path = tmp_path / name
-    path.write_bytes((ROOT / "exercises/solutions" / name).read_bytes())
-    run(path, tmp_path / "refused", limit=180)
-    assert not (tmp_path / "refused").exists()
 
-# what a learner sees
+@pytest.mark.slow
+def test_one_part_leaves_no_name_to_the_next(tmp_path):
+    "The control: what runs only because of a part before it fails."
+    one, two = (nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+                for source in ("x = 1", "print(x)"))
+    path = tmp_path / "x.ipynb"
+    nbformat.write(one_after_another(("one", one, ""), ("two", two, "")), path)
+    with pytest.raises(RuntimeError, match="name 'x' is not defined"):
+        run(path, tmp_path / "refused", limit=60)
 
-def ask(q, function, folder):
+
+# --- what a learner sees
+
+def ask(q, function):
     "What the check says."
     out = io.StringIO()
     try:
@@ -207,61 +330,138 @@ def ask(q, function, folder):
         return str(e)
     return out.getvalue().strip()
 
+
 def double():
     "A question of our own."
     def twice(values):
         "Each value twice."
         return [2 * v for v in values]
     q = ex.Question("trial.twice", "Twice", twice, example=lambda: ([1, 2],), hints=["one", "two"])
-    q.inputs(lambda rng: [([],), ([rng.randrange(9)],), ([rng.randrange(99) for _ in range(5)],), ([7.5],)])
-    q.mistake("squares", "that is the square.")(lambda values: [v * v for v in values])
+
+    @q.inputs
+    def _(rng):
+        several = [rng.randrange(99) for _ in range(5)]
+        return [([],), ([rng.randrange(9)],), (several,), ([7.5],)]
+
+    @q.mistake("squares", "that is the square.")
+    def _(values): return [v * v for v in values]
+
     return q
+
+
+def right(values): return [2 * v for v in values]
+
 
 def test_one_line_for_what_is_known(folder):
     q = double()
     def stub(values): raise NotImplementedError
-    said = {"right": ask(q, lambda values: [v + v for v in values], folder), "stub": ask(q, stub, folder), "nothing": ask(q, None, folder), "squares": ask(q, lambda values: [v ** 2 for v in values], folder)}
-    assert all(len(text.splitlines()) == 1 for text in said.values())
-    assert said["right"] == "✓ Twice · right, on 9 inputs, 8 of which you had not seen."
-    assert said["stub"] == said["nothing"] == "○ Twice · not attempted yet: write twice(values)."
-    assert said["squares"] == "✗ Twice · that is the square."
+    nothing = "○ Twice · not attempted yet: write twice(values)."
+    for answer, said in [
+            (lambda values: [v + v for v in values],
+             "✓ Twice · right, on 9 inputs, 8 of which you had not seen."),
+            (stub, nothing), (None, nothing),
+            (lambda values: [v ** 2 for v in values], "✗ Twice · that is the square.")]:
+        assert ask(q, answer) == said
+
 
 def test_the_smallest_difference_is_shown(folder):
-    text = ask(double(), lambda values: [3 * v for v in values], folder)
-    assert "smallest input" in text and re.search(r"for      twice\(values=\[\d(\.5)?\]\)\n  expected \[[\d.]+\]\n  yours    \[[\d.]+\]$", text)
+    text = ask(double(), lambda values: [3 * v for v in values])
+    shown = (r"for      twice\(values=\[\d(\.5)?\]\)\n"
+             r"  expected \[[\d.]+\]\n  yours    \[[\d.]+\]$")
+    assert "smallest input" in text and re.search(shown, text)
+
 
 def test_two_mistakes_at_once_are_both_named():
     q = double()
-    q.mistake("empty", "an empty list is a list, too.")(lambda values: [2 * v for v in values] if values else None)
+
+    @q.mistake("empty", "an empty list is a list, too.")
+    def _(values): return right(values) if values else None
+
     verdict = ex.judge(q, lambda values: [v * v for v in values] if values else None)
-    assert (verdict.name, verdict.text) == ("squares", "that is the square. And: an empty list is a list, too.")
+    assert verdict.name == "squares"
+    assert verdict.text == "that is the square. And: an empty list is a list, too."
+
 
 def test_printing_is_left_out_and_said(folder):
     def chatty(values):
         print("hello\nworld")
-        return [2 * v for v in values]
-    assert ask(double(), chatty, folder).endswith("(What it prints is left out here: 22 lines.)") and "hello" not in ask(double(), chatty, folder)
+        return right(values)
+    said = ask(double(), chatty)
+    assert said.endswith("(What it prints is left out here: 22 lines.)") and "hello" not in said
+
 
 def test_changing_the_input_is_told(folder):
     def grow(values):
-        result = [2 * v for v in values]
+        result = right(values)
         values.clear()
         return result
-    assert "the results are right, but your function changes what it is given" in ask(double(), grow, folder)
+    says = "the results are right, but your function changes what it is given"
+    assert says in ask(double(), grow)
 
-@pytest.mark.parametrize("endless", ["while True: pass", "while True:\n            try: values.index(-1)\n            except Exception: pass", "import time; time.sleep(600)", "for _ in iter(int, 1): pass"])
+
+def test_memory_of_earlier_calls_is_told(folder):
+    seen = []
+    def once(values):
+        seen.append(values)
+        return right(values) if seen.count(values) == 1 else values
+    q = double()
+    q.make = lambda rng: [([rng.random()],)]
+    fresh = ex.Trial(q, 1)
+    assert len({repr(args) for args in fresh.inputs}) == 3
+    assert "with the same input it returns something else" in ex.judge(q, once, 1).text
+
+
+def test_a_trial_is_shared_without_harm(folder):
+    "The same verdicts, for the same inputs, whether each answer has a trial of its own or not."
+    q = double()
+    def spoils(values):
+        values.append(1)
+        return right(values)
+    for seed in range(3):
+        trial = ex.Trial(q, seed)
+        for answer in (right, spoils, lambda values: [v * v for v in values], lambda values: 3,
+                       lambda values: values.clear(), q.solve):
+            assert ex.judge(q, answer, trial=trial) == ex.judge(q, answer, seed)
+
+
+def test_each_master_is_tried_on_new_inputs(capsys):
+    "All wrong answers of a question on the same ones, which no earlier run has seen."
+    drawn = []
+    for _ in range(3):
+        q = double()
+        q.wrong("squares")(lambda values: [v ** 2 for v in values])
+        first = q.trial
+        q.wrong("differs")(lambda values: [3 * v for v in values])
+        assert q.trial is first
+        drawn.append(repr(first.inputs))
+    assert len(set(drawn)) == 3
+    with pytest.raises(AssertionError, match="'differs' was found instead of 'squares'"):
+        q.wrong("squares")(lambda values: [3 * v for v in values])
+
+
+ENDLESS = {
+    "loop": "while True: pass",
+    "swallows": "while True:\n            try: values.index(-1)\n"
+                "            except Exception: pass",
+    "sleeps": "import time; time.sleep(600)",
+    "iterates": "for _ in iter(int, 1): pass",
+}
+
+
+@pytest.mark.parametrize("endless", ENDLESS.values(), ids=ENDLESS)
 def test_endless_loops_end(endless, folder):
     scope = {}
-    exec(f"def forever(values):\n    if len(values) > 4:\n        {endless}\n    return [2 * v for v in values]", scope)
+    exec(f"def forever(values):\n    if len(values) > 4:\n        {endless}\n"
+         "    return [2 * v for v in values]", scope)
     q, began = double(), time.monotonic()
     q.seconds = 0.3
-    assert "does not come to an end (stopped after 0.3 seconds) for twice(values=[" in ask(q, scope["forever"], folder)
+    says = "does not come to an end (stopped after 0.3 seconds) for twice(values=["
+    assert says in ask(q, scope["forever"])
     assert time.monotonic() - began < 10
-    assert ask(q, lambda values: [2 * v for v in values], folder).startswith("✓") # nothing is left that disturbs
+    assert ask(q, right).startswith("✓")  # nothing is left that disturbs
 
-def test_an_interrupt_reaches_the_learner(folder):
-    "Ctrl-C during a check ends the learner's code, too."
-    program = """
+
+INTERRUPTED = """
 import os, signal, threading
 from sftlab.study import exercises as ex
 def slow(values):
@@ -272,155 +472,344 @@ threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 try: q.grade(slow)
 except KeyboardInterrupt: print("interrupted, threads left:", threading.active_count() - 1)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+
+
+def python(program, **kwargs):
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          timeout=50, **kwargs)
+
+
+@pytest.mark.slow
+def test_an_interrupt_reaches_the_learner(folder):
+    "Ctrl-C during a check ends the learner's code, too."
+    done = python(INTERRUPTED)
     assert done.stdout == "interrupted, threads left: 0\n", done.stderr
 
-@pytest.mark.parametrize("body, said", [("return values[99]", "IndexError: list index out of range, in line 3 of your cell: return values[99]"), ("return helper(values)", "ZeroDivisionError: division by zero, in line 1 of your cell: def helper(v): return 1 / 0"),
-                                        ("raise SystemExit('bye')", "SystemExit: bye"), ("return twice(values)", "RecursionError: maximum recursion depth exceeded"), ("return json.loads('{')", "JSONDecodeError: Expecting property name enclosed in double quotes")])
+
+@pytest.mark.parametrize("body, said", [
+    ("return values[99]",
+     "IndexError: list index out of range, in line 3 of your cell: return values[99]"),
+    ("return helper(values)",
+     "ZeroDivisionError: division by zero, in line 1 of your cell: def helper(v): return 1 / 0"),
+    ("raise SystemExit('bye')", "SystemExit: bye"),
+    ("return twice(values)", "RecursionError: maximum recursion depth exceeded"),
+    ("return json.loads('{')",
+     "JSONDecodeError: Expecting property name enclosed in double quotes")])
 def test_a_learners_error_is_theirs(body, said, folder):
     source = f"def helper(v): return 1 / 0\ndef twice(values):\n    {body}"
-    linecache.cache["<ipython-input-7-abc>"] = (len(source), None, source.splitlines(True), "<ipython-input-7-abc>")
+    cell = "<ipython-input-7-abc>"
+    linecache.cache[cell] = (len(source), None, source.splitlines(True), cell)
     scope = {"json": json}
-    exec(compile(source, "<ipython-input-7-abc>", "exec"), scope)
-    text = ask(double(), scope["twice"], folder)
-    assert f"your code stopped with {said}" in text and "sftlab" not in text and ".py" not in text
+    exec(compile(source, cell, "exec"), scope)
+    text = ask(double(), scope["twice"])
+    assert f"your code stopped with {said}" in text
+    assert "sftlab" not in text and ".py" not in text
     if "line" in said:
         assert body.strip() in text or "helper" in text
 
-@pytest.mark.parametrize("answer, said", [(3, "the check wants your function, and found a whole number: write check(twice)"), ("twice", "found a text"), (lambda: 1, "must take (values), and cannot be called so"), (lambda a, b: a, "missing a required argument"),
-                                          (lambda values: None, "your function returns nothing (None). Is a `return` missing?"), (lambda values: torch.tensor([2 * v for v in values]), "the values are right, but the result is a tensor where a list is wanted"),
-                                          (lambda values: 2, "the result is a whole number where a list is wanted")])
-def test_kind_words_for_other_slips(answer, said, folder):
-    assert said in ask(double(), answer, folder)
 
-@pytest.mark.parametrize("form, said", [(lambda t: t.numpy(), "the values are right, but the result is a NumPy array where a tensor is wanted"), (lambda t: t.double(), "the values are right, but the result holds float64 where float32 is wanted"),
-                                        (lambda t: t[None], "the values are right, but the result has the shape (1, 2) where (2,) is wanted"), (lambda t: t.tolist(), "the values are right, but the result is a list where a tensor is wanted")])
+@pytest.mark.parametrize("answer, said", [
+    (3, "the check wants your function, and found an integer: write check(twice)"),
+    ("twice", "found a string"),
+    (lambda: 1, "must take (values), and cannot be called so"),
+    (lambda a, b: a, "missing a required argument"),
+    (lambda values: None, "your function returns nothing (None). Is a `return` missing?"),
+    (lambda values: torch.tensor(right(values)),
+     "the values are right, but the result is a tensor where a list is wanted"),
+    (lambda values: 2, "the result is an integer where a list is wanted")])
+def test_kind_words_for_other_slips(answer, said, folder):
+    assert said in ask(double(), answer)
+
+
+@pytest.mark.parametrize("form, said", [
+    (lambda t: t.numpy(), "the result is a NumPy array where a tensor is wanted"),
+    (lambda t: t.double(), "the result holds float64 where float32 is wanted"),
+    (lambda t: t[None], "the result has the shape (1, 2) where (2,) is wanted"),
+    (lambda t: t.tolist(), "the result is a list where a tensor is wanted")])
 def test_right_values_in_another_form(form, said, folder):
-    q = ex.Question("trial.half", "Half", lambda x: x / 2, example=lambda: (torch.tensor([1.0, 2.0]),))
+    q = ex.Question("trial.half", "Half", lambda x: x / 2,
+                    example=lambda: (torch.tensor([1.0, 2.0]),))
     q.inputs(lambda rng: [(torch.tensor([rng.uniform(0, 1), 3.0]),)])
     q.name = "half"
-    assert ask(q, lambda x: form(x / 2), folder).startswith(f"✗ Half · {said}")
-    assert not ask(q, lambda x: form(x / 3), folder).startswith("✗ Half · the values are right")
+    says = "✗ Half · the values are right, but "
+    assert ask(q, lambda x: form(x / 2)).startswith(says + said)
+    assert not ask(q, lambda x: form(x / 3)).startswith(says)
+
 
 def test_hints_come_one_by_one(capsys):
     q = double()
     for _ in range(3):
         q.hint()
-    assert capsys.readouterr().out.splitlines() == ["Hint 1 of 2: one", "Hint 2 of 2: two", "Hint 2 of 2: two"]
+    said = ["Hint 1 of 2: one", "Hint 2 of 2: two", "Hint 2 of 2: two"]
+    assert capsys.readouterr().out.splitlines() == said
 
+
+@pytest.mark.slow
 def test_in_a_notebook_nothing_of_ours_is_shown(tmp_path):
-    "The error output of a wrong answer, as Jupyter keeps it: one piece of text, no frames; a stub gives no error."
-    path = tmp_path / "x.ipynb"
-    cells = ["from sftlab.study.checks.generation import q1", "def probabilities(logits, temperature): return logits.softmax(-1) / 0.5", "q1.check()", "q1.check(probabilities)"]
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells]), path)
+    "A wrong answer's error as Jupyter keeps it: one text, no frames; a stub gives no error."
     from nbclient import NotebookClient
-    done = NotebookClient(nbformat.read(path, 4), timeout=120, allow_errors=True, resources={"metadata": {"path": tmp_path}}).execute()
+    cells = ["from sftlab.study.checks.generation import q1",
+             "def probabilities(logits, temperature): return logits.softmax(-1) / 0.5",
+             "q1.check()", "q1.check(probabilities)"]
+    cells = [nbformat.v4.new_code_cell(source) for source in cells]
+    client = NotebookClient(nbformat.v4.new_notebook(cells=cells), timeout=120, allow_errors=True,
+                            resources={"metadata": {"path": tmp_path}})
+    done = client.execute()
     [stub], [error] = done.cells[2].outputs, done.cells[3].outputs
     assert stub.output_type == "stream" and stub.text.startswith("○")
-    assert error.output_type == "error" and error.ename == "NotYet" and error.traceback == [error.evalue] and error.evalue.startswith("✗ Temperature · ")
+    assert error.output_type == "error" and error.ename == "NotYet"
+    assert error.traceback == [error.evalue] and error.evalue.startswith("✗ Temperature · ")
 
-# comparing
 
-VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=4), max_leaves=12)
+# --- comparing
+
+def nested(inner):
+    names = st.text(max_size=3)
+    return st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4)
+
+
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+VALUES = st.recursive(PLAIN, nested, max_leaves=12)
+
 
 @given(VALUES)
-def test_a_value_equals_its_copy(value): assert ex.difference(value, copy.deepcopy(value)) is None
+def test_a_value_equals_its_copy(value):
+    assert ex.difference(value, copy.deepcopy(value)) is None
+
 
 @given(VALUES, VALUES)
 def test_differences_are_seen_from_both_sides(a, b):
     assert bool(ex.difference(a, b)) == bool(ex.difference(b, a))
 
-@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=6), st.integers(0, 5), st.floats(0.1, 1e3))
+
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=6), st.integers(0, 5),
+       st.floats(0.1, 1e3))
 def test_one_changed_element_is_seen(values, place, by):
     other = values[:]
     other[place % len(values)] += by
-    assert ex.difference(values, other) and ex.difference(torch.tensor(values), torch.tensor(other))
+    assert ex.difference(values, other)
+    assert ex.difference(torch.tensor(values), torch.tensor(other))
 
-# progress
+
+# --- progress
 
 def test_what_was_right_stays_right(folder):
     for state in ("tried", "right", "tried", "shown"):
-        ex.record("a.b", state)
-    ex.record("a.c", "shown")
-    ex.record("a.c", "tried")
-    assert ex.read_progress() == {"a.b": dict(state="right", tries=4), "a.c": dict(state="shown", tries=2)}
+        pr.record("a.b", state)
+    for state in ("shown", "tried"):
+        pr.record("a.c", state)
+    for points in ("4 of 5 points", "3 of 5 points"):
+        pr.record("a.d", points)
+    assert pr.read_progress() == {"a.b": dict(state="right", tries=4),
+                                  "a.c": dict(state="shown", tries=2),
+                                  "a.d": dict(state="3 of 5 points", tries=2)}
+
 
 def test_progress_is_kept_in_the_learners_folder(folder, monkeypatch):
     (folder / ".sftlab.json").write_text("{}")
     (folder / "exercises/deep").mkdir(parents=True)
     monkeypatch.chdir(folder / "exercises/deep")
-    ex.record("a.b", "right")
-    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*.json")} == {".sftlab.json", ex.PROGRESS}
+    pr.record("a.b", "right")
+    kept = {path.relative_to(folder).as_posix() for path in folder.rglob("*.json")}
+    assert kept == {".sftlab.json", pr.PROGRESS}
+
 
 def test_progress_survives_an_update_of_the_course(folder, tmp_path_factory):
     original, course = tmp_path_factory.mktemp("original") / "q.ipynb", folder / "course"
     original.write_text("1")
-    cli._copy({"exercises/q.ipynb": original}, course)
-    ex.record("a.b", "right", course / "exercises")
+    copy_course({"exercises/q.ipynb": original}, course)
+    pr.record("a.b", "right", course / "exercises")
     original.write_text("2")
-    cli._copy({"exercises/q.ipynb": original}, course)
-    assert (course / "exercises/q.ipynb").read_text() == "2" and ex.read_progress(course / "exercises") == {"a.b": dict(state="right", tries=1)}
+    copy_course({"exercises/q.ipynb": original}, course)
+    assert (course / "exercises/q.ipynb").read_text() == "2"
+    assert pr.read_progress(course / "exercises") == {"a.b": dict(state="right", tries=1)}
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1}', '{"a": {}}', "\0", '{"a": {"state": "right", "tries": "x"}}'])
+
+BROKEN = ["", "{", "[]", '{"a": 1}', '{"a": {}}', "\0", '{"a": {"state": "right", "tries": "x"}}']
+
+
+@pytest.mark.parametrize("content", BROKEN)
 def test_a_broken_file_is_put_aside(content, folder, capsys):
-    (folder / ex.PROGRESS).write_text(content)
-    ex.record("a.b", "right")
-    assert ex.read_progress() == {"a.b": dict(state="right", tries=1)} and (folder / ex.PROGRESS).with_suffix(".broken").read_text() == content
+    (folder / pr.PROGRESS).write_text(content)
+    pr.record("a.b", "right")
+    assert pr.read_progress() == {"a.b": dict(state="right", tries=1)}
+    assert (folder / pr.PROGRESS).with_suffix(".broken").read_text() == content
     assert "could not be read" in capsys.readouterr().out
 
-def test_a_write_that_fails_leaves_what_was_there(folder, monkeypatch, capsys):
-    ex.record("a.b", "right")
-    def fail(*_): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(ex.os, "replace", fail)
-    ex.record("a.c", "right")
+
+def no_space(*_): raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("content", ['{"a.b": {"state": "right", "tries": 1}}', "{"])
+def test_a_write_that_fails_leaves_what_was_there(content, folder, monkeypatch, capsys):
+    "Whole, or broken: the check goes on, and says so."
+    (folder / pr.PROGRESS).write_text(content)
+    monkeypatch.setattr(os, "replace", no_space)
+    assert ask(double(), right).startswith("(Your progress could not be kept: ")
+    pr.record("a.c", "right")
+    assert "No space left on device" in capsys.readouterr().out
+    assert (folder / pr.PROGRESS).read_text() == content
+    assert [path.name for path in folder.iterdir()] == [pr.PROGRESS]
+
+
+def test_a_folder_that_is_gone_is_told(folder, capsys):
+    (folder / "file").write_text("not a folder")
+    pr.record("a.b", "right", folder / "file")
     assert "could not be kept" in capsys.readouterr().out
-    assert json.loads((folder / ex.PROGRESS).read_text()) == {"a.b": dict(state="right", tries=1)}
+
+
+MANY = """
+from sftlab.study import progress
+for n in range(100): progress.record(f"a.{n}", "right")
+"""
+
+
+@pytest.mark.slow
+def test_threads_and_processes_may_write_at_the_same_time(folder, capsys):
+    "Nobody ever finds half a file, and nothing is left over."
+    def work(who):
+        for n in range(50):
+            pr.record(f"{who}.{n}", "right")
+    threads = [threading.Thread(target=work, args=(f"t{i}",)) for i in range(3)]
+    others = [subprocess.Popen([sys.executable, "-c", MANY], cwd=folder, stdout=subprocess.PIPE)
+              for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads) or any(p.poll() is None for p in others):
+        pr.read_progress()
+    assert [p.communicate()[0] for p in others] == [b"", b""]
+    assert capsys.readouterr().out == ""
+    assert [path.name for path in folder.iterdir()] == [pr.PROGRESS]
+    kept = pr.read_progress()
+    assert kept and {entry["state"] for entry in kept.values()} == {"right"}
+
 
 def test_progress_is_shown(folder):
-    first = next(iter(ASKED.values()))
-    ex.record(first.key, "right")
-    ex.record("generation.top_p", "tried")
-    ex.record("data.jsonl", "shown")
-    ex.record("data.too_good", "3 of 5 points")
-    text, total = repr(ex.Progress()), sum(map(len, ex.all_questions().values()))
-    assert text.splitlines()[0] == f"2 of {total} questions done"
-    for line in ("✓ Temperature", "… Top-p for a batch (★★☆, about 15 minutes): not right yet", "… Every line accounted for (★★☆, about 12 minutes): solution looked at", "✓ Too good (★★☆, about 10 minutes): 3 of 5 points", "○ Nearly the same"):
-        assert line in text
-    assert "color:inherit" in ex.Progress()._repr_html_()
+    pr.record("generation.temperature", "right")
+    pr.record("generation.top_p", "tried")
+    pr.record("data.jsonl", "shown")
+    pr.record("data.too_good", "3 of 5 points")
+    tasks = {task.key: task for tasks in pr.all_questions().values() for task in tasks}
+    text = repr(pr.Progress())
+    assert text.splitlines()[0] == f"2 of {len(tasks)} questions done"
+    for key, before, after in [
+            ("generation.temperature", "✓", ""), ("generation.top_p", "…", ": not right yet"),
+            ("data.jsonl", "…", ": solution looked at"),
+            ("data.too_good", "✓", ": 3 of 5 points"), ("data.jaccard", "○", "")]:
+        assert f"\n  {before} {tasks[key].title} ({ex.effort(tasks[key])}){after}\n" in text
+    assert "color:inherit" in pr.Progress()._repr_html_()
 
+
+LIGHT = """
+import sys
+from sftlab.study.progress import Progress
+print("sftlab.study.exercises" in sys.modules)
+repr(Progress())
+print("torch" in sys.modules, "nbformat" in sys.modules)
+"""
+
+
+@pytest.mark.slow
 def test_importing_the_checks_loads_nothing_heavy():
-    done = subprocess.run([sys.executable, "-c", "import sys; from sftlab.study.exercises import Progress; repr(Progress()); print('torch' in sys.modules, 'nbformat' in sys.modules)"], capture_output=True, text=True)
-    assert done.stdout == "False False\n", done.stderr
+    done = python(LIGHT)
+    assert done.stdout == "False\nFalse False\n", done.stderr
 
-# nbgrader
 
-@pytest.mark.parametrize("name", NAMES)
-def test_nbgrader_grades_a_blank_copy_0_and_the_solution_full(name, tmp_path, monkeypatch):
-    stem = name.removesuffix(".ipynb")
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") # nbgrader calls a program of its own, alembic
-    [source] = [path for path in ex.make_nbgrader(ROOT / "exercises/solutions", tmp_path) if path.name == name]
-    nbgrader = lambda *words: subprocess.run([sys.executable, "-m", "nbgrader", *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    done = nbgrader("generate_assignment", stem)
-    released = tmp_path / "release" / stem / name
-    assert done.returncode == 0 and released.exists(), done.stderr
+# --- nbgrader
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory):
+    "A course for nbgrader in which it has generated every assignment."
+    from nbgrader.apps import NbGraderAPI
+    from traitlets.config import PyFileConfigLoader
+    folder = tmp_path_factory.mktemp("nbgrader")
+    ma.make_nbgrader(ROOT / "exercises/solutions", folder)
+    config = PyFileConfigLoader("nbgrader_config.py", str(folder)).load_config()
+    config.CourseDirectory.root = str(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        programs = Path(sys.executable).parent  # nbgrader calls a program of its own, alembic
+        patch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+        api = NbGraderAPI(config=config)
+        for name in NAMES:
+            done = api.generate_assignment(Path(name).stem)
+            assert done["success"], done
+        yield folder
+
+
+def graded_cells(path):
+    "What nbgrader knows of each cell, and its source."
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    found = [(c["metadata"].get("nbgrader"), "".join(c["source"])) for c in cells]
+    return {about["grade_id"]: (about, source) for about, source in found if about}
+
+
+@pytest.mark.slow
+@each_notebook
+def test_nbgrader_makes_an_assignment(name, course):
+    "Points are right, checks are locked, and answers may be edited and hold no solution."
+    stem = Path(name).stem
+    source, released = course / "source" / stem / name, course / "release" / stem / name
     assert "BEGIN SOLUTION" in source.read_text() and "SOLUTION" not in released.read_text()
-    answers = {cell["metadata"]["nbgrader"]["grade_id"]: cell["source"] for cell in json.loads(source.read_text())["cells"] if cell["metadata"].get("nbgrader", {}).get("solution")}
-    notebook = json.loads(released.read_text())
-    for who in ("blank", "perfect"):
-        if who == "perfect":
-            for cell in notebook["cells"]:
-                cell["source"] = answers.get(cell["metadata"].get("nbgrader", {}).get("grade_id"), cell["source"])
+    cells, written = graded_cells(released), graded_cells(source)
+    assert set(cells) == set(written)
+    expected = {}
+    for q in QUESTIONS[name].values():
+        key = q.key.replace(".", "-")
+        about, answer = cells[key]
+        assert about["solution"] and not about["locked"]
+        if isinstance(q, ex.OpenQuestion):
+            assert about["grade"] and q.model not in answer
+            expected[key] = len(q.rubric)
+        else:
+            check, code = cells[f"{key}-test"]
+            assert check["locked"] and check["grade"] and not check["solution"]
+            assert code.endswith(f".grade({q.name})") and not about["grade"]
+            assert answer == ma.stub(written[key][1]) != written[key][1]
+            expected[f"{key}-test"] = q.stars
+    points = {grade_id: about["points"] for grade_id, (about, _) in cells.items() if about["grade"]}
+    assert points == expected
+
+
+def thorough_but_one(names):
+    return [names[0], *(pytest.param(n, marks=pytest.mark.thorough) for n in names[1:])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", thorough_but_one(NAMES))
+def test_nbgrader_grades_a_blank_copy_0_and_the_solution_full(name, tmp_path, monkeypatch):
+    "As a teacher does it: with nbgrader's program, from the source to the grades."
+    from nbgrader.api import Gradebook
+    stem, programs = Path(name).stem, Path(sys.executable).parent
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    ma.make_nbgrader(ROOT / "exercises/solutions", tmp_path)
+
+    def nbgrader(*words):
+        done = subprocess.run([sys.executable, "-m", "nbgrader", *words], cwd=tmp_path,
+                              capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+    nbgrader("generate_assignment", stem)
+    answers = graded_cells(tmp_path / "source" / stem / name)
+    blank = json.loads((tmp_path / "release" / stem / name).read_text())
+    perfect = copy.deepcopy(blank)
+    for cell in perfect["cells"]:
+        about = cell["metadata"].get("nbgrader", {})
+        if about.get("solution"):
+            cell["source"] = answers[about["grade_id"]][1]
+    for who, notebook in dict(blank=blank, perfect=perfect).items():
         path = tmp_path / "submitted" / who / stem / name
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(notebook))
-    done = nbgrader("autograde", stem)
-    assert done.returncode == 0, done.stderr
-    from nbgrader.api import Gradebook
+    nbgrader("autograde", stem)
+    grades = {}
     with Gradebook(f"sqlite:///{tmp_path}/gradebook.db") as book:
-        grades = {who: {grade.name: (grade.auto_score, grade.max_score, grade.needs_manual_grade) for grade in book.find_submission_notebook(stem, stem, who).grades} for who in ("blank", "perfect")}
-    checks = [grade for grade in grades["perfect"] if grade.endswith("-test")]
-    coded = [q for (master, _), q in ASKED.items() if master == stem]
-    assert len(checks) == len(coded) and sum(grades["perfect"][g][1] for g in checks) == sum(q.stars for q in coded)
-    assert all(grades["blank"][g][0] == 0 and grades["perfect"][g][0] == grades["perfect"][g][1] > 0 for g in checks)
-    [by_hand] = set(grades["perfect"]) - set(checks)
-    assert grades["perfect"][by_hand][2] and grades["perfect"][by_hand][1] == 5 # read by a person
+        for who in ("blank", "perfect"):
+            found = book.find_submission_notebook(stem, stem, who).grades
+            grades[who] = {g.name: (g.auto_score, g.max_score, g.needs_manual_grade)
+                           for g in found}
+    coded = {f"{q.key.replace('.', '-')}-test": q.stars for q in functions(name)}
+    for check, stars in coded.items():
+        assert grades["blank"][check][:2] == (0, stars) and stars > 0
+        assert grades["perfect"][check][:2] == (stars, stars)
+    [by_hand] = set(grades["perfect"]) - set(coded)
+    assert grades["perfect"][by_hand][1:] == (5, True)  # read by a person

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['atomic_file', 'atomic_dir']
 
-# %% ../../nbs/reference/files/atomic.ipynb #b0b9242c
+# %% ../../nbs/reference/files/atomic.ipynb #1e02d2b1
 import filecmp
+import glob
 import os
 import shutil
 import threading
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from ..errors import OutputError
 
-# %% ../../nbs/reference/files/atomic.ipynb #5e1f8550
+# %% ../../nbs/reference/files/atomic.ipynb #b0d19239
 def _partial(path): # where `path` is written before it is whole
     return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
 
@@ -23,9 +24,13 @@ def _writer(partial) -> int: # the number of the process that writes a partial f
     found = partial.name.split(".")[-3]
     return int(found) if found.isdigit() else 0
 
-def _alive(pid:int) -> bool: # whether another process of that number is running
+def _live(partial) -> bool: # whether the process that began it is still running
     import psutil
-    return pid != os.getpid() and psutil.pid_exists(pid)
+    try:
+        started = psutil.Process(_writer(partial)).create_time()
+        return started < partial.lstat().st_mtime + 0.1 # else another one has the number now
+    except (psutil.Error, OSError):
+        return False
 
 def _remove(path):
     if path.is_dir() and not path.is_symlink():
@@ -34,19 +39,17 @@ def _remove(path):
         with suppress(OSError):
             path.unlink()
 
-def _sweep(path) -> int: # the number of another process that is writing `path` now; 0: none is
+def _sweep(path) -> int: # the number of a process that is writing `path` now; 0: none is
     "Remove what killed processes left of `path`."
-    left = [p for p in path.parent.iterdir() if p.name.startswith(f".{path.name}.")]
-    for partial in left:
-        if not partial.name.endswith(".partial"):
-            continue
-        if _alive(_writer(partial)):
-            return _writer(partial)
-        if _writer(partial) != os.getpid():
+    busy = 0
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        if _live(partial):
+            busy = _writer(partial)
+        else:
             _remove(partial)
-    return 0
+    return busy
 
-# %% ../../nbs/reference/files/atomic.ipynb #f97d4ceb
+# %% ../../nbs/reference/files/atomic.ipynb #b3654e6a
 def _there(path):
     return OutputError(f"{path} is there already, and nothing is written over: "
                        "move it away, or name another file")
@@ -79,7 +82,7 @@ def atomic_file(
     finally:
         _remove(partial)
 
-# %% ../../nbs/reference/files/atomic.ipynb #a584dcad
+# %% ../../nbs/reference/files/atomic.ipynb #ae337074
 def _check_place(path, final, overwrite, mark):
     "Refuse a folder that must stay as it is."
     if final == Path.cwd():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROGRESS', 'learner_folder', 'read_progress', 'record', 'questions_of', 'all_questions', 'Progress']
 
-# %% ../../nbs/reference/study/progress.ipynb #15b22d3f
+# %% ../../nbs/reference/study/progress.ipynb #73e895eb
 import json
 import os
 import pkgutil
@@ -17,7 +17,7 @@ from pathlib import Path
 from ..errors import OutputError
 from ..files.atomic import atomic_file
 
-# %% ../../nbs/reference/study/progress.ipynb #2646a61b
+# %% ../../nbs/reference/study/progress.ipynb #74682aaf
 PROGRESS = "sftlab-progress.json" # in the learner's folder: key -> state, tries
 
 def learner_folder(
@@ -30,7 +30,7 @@ def learner_folder(
             return folder
     return start
 
-# %% ../../nbs/reference/study/progress.ipynb #48f258b5
+# %% ../../nbs/reference/study/progress.ipynb #573c7b8e
 def read_progress(folder:Path=None) -> dict: # key -> {"state": …, "tries": …}
     "What was done so far; a file that is broken is put aside, under the name `….broken`."
     path = learner_folder(folder) / PROGRESS
@@ -46,7 +46,7 @@ def read_progress(folder:Path=None) -> dict: # key -> {"state": …, "tries": �
         print(f"{path} could not be read; it is now called {aside.name}, and a new one is begun.")
         return {}
 
-# %% ../../nbs/reference/study/progress.ipynb #bc78243e
+# %% ../../nbs/reference/study/progress.ipynb #0923ee5f
 _RANK = ["", "tried", "shown", "right"]
 
 def _better(before:str, state:str) -> str: # of two states, the one to keep
@@ -69,7 +69,7 @@ def record(
     except (OutputError, OSError) as e:
         print(f"(Your progress could not be kept: {e}.)")
 
-# %% ../../nbs/reference/study/progress.ipynb #32aa3550
+# %% ../../nbs/reference/study/progress.ipynb #9f543936
 def questions_of(module) -> dict: # "q1" -> question
     "The questions of one of `sftlab.study.checks`, in their order."
     return {name: value for name, value in vars(module).items() if re.fullmatch(r"q\d+", name)}
@@ -82,7 +82,7 @@ def all_questions() -> dict: # lesson -> list of questions
     modules.sort(key=lambda module: module.LESSON)
     return {module.LESSON: list(questions_of(module).values()) for module in modules}
 
-# %% ../../nbs/reference/study/progress.ipynb #28be50ad
+# %% ../../nbs/reference/study/progress.ipynb #7bdedab5
 _STYLE = ("color:inherit;background:none;border:1px solid #888;border-radius:6px;"
           "padding:6px 10px")
 

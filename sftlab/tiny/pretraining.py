@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+# transformers and TRL take seconds to import: the functions that need them do it.
 from ..files.atomic import atomic_dir, atomic_file
 from ..generation import FEW_SHOT_STOPS, evaluate, few_shot_prompt
 from ..models import load, tiny_path
@@ -44,6 +44,7 @@ def train_tokenizer(
 ): # a `PreTrainedTokenizerFast` with a ChatML chat template
     "Train the byte-level BPE tokenizer."
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated"),
@@ -97,6 +98,7 @@ def new_model(
     seed:int=0, # seed of the initial weights
 ): # a `LlamaForCausalLM` in float32, untrained
     "An untrained tiny Llama."
+    from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=hidden * 8 // 3,
@@ -227,6 +229,7 @@ def _recipe(stages:list) -> dict:
 
 def _prepare(stages:list, work:Path):
     "Write the tokenizer and the tokens of each part, unless an earlier run has."
+    from transformers import AutoTokenizer
     recipe, finished = _recipe(stages), work / "recipe.json"
     if finished.exists():
         if json.loads(finished.read_text()) != recipe:
@@ -246,7 +249,7 @@ def _after(log:list, told:list) -> list: # the log of a stage, counted on from t
     return [dict(step=last["step"] + e["step"], loss=e["loss"],
                  seconds=round(last["seconds"] + e["seconds"], 1)) for e in told]
 
-# %% ../../nbs/reference/tiny/pretraining.ipynb #2b337da5
+# %% ../../nbs/reference/tiny/pretraining.ipynb #1f7396a5
 def save_model(model, tokenizer, log:list, folder:Path):
     """Write the model folder whole: weights in bfloat16, tokenizer, training log. Replaces an older
     model, and raises an `OutputError` for a folder that holds something else."""
@@ -262,6 +265,7 @@ def build_tiny_model(
 ):
     """Make the tiny model, from nothing to a finished folder; exits where `work` holds a run of
     another recipe, and raises an `OutputError` where a file cannot be written."""
+    from transformers import AutoTokenizer
     work = Path(work)
     _prepare(stages, work)
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
@@ -310,7 +314,7 @@ def tuned_figures(
     folder:Path=_SHIPPED, # the base model
 ) -> dict: # figures in %, and the seconds that training took
     "How the model behaves after fine-tuning."
-    from sftlab.finetune import finetune # late: TRL takes seconds to import
+    from sftlab.finetune import finetune
     model, tokenizer = load(str(folder), preset="t4" if method == "nf4" else "tiny")
     start = time.time()
     with tempfile.TemporaryDirectory() as scratch:

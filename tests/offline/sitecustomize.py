@@ -1,6 +1,8 @@
-"""Refuse every connection that leaves this machine. Python imports this file by itself when its folder is on PYTHONPATH.
+"""Refuse every connection that leaves this machine.
 
-Refused addresses are also added to the file SFTLAB_OFFLINE_LOG, so that an attempt shows even where a library swallows the error.
+Python imports this file by itself when its folder is on PYTHONPATH. Refused addresses are also
+added to the file SFTLAB_OFFLINE_LOG, so that an attempt shows even where a library swallows the
+error.
 """
 import os
 import sys
@@ -17,8 +19,8 @@ def is_local(host):
 def refuse(event, args):
     if event in ("socket.getaddrinfo", "socket.gethostbyname"):
         host = args[0]
-    elif event in ("socket.connect", "socket.sendto") and isinstance(args[1], tuple):  # a tuple is an internet address
-        host = args[1][0]
+    elif event in ("socket.connect", "socket.sendto") and isinstance(args[1], tuple):
+        host = args[1][0]  # a tuple is an internet address
     else:
         return
     if is_local(host):

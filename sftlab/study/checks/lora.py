@@ -6,64 +6,120 @@
 __all__ = ['LESSON', 'q1', 'q2', 'q3', 'q4', 'q5', 'q6']
 
 # %% ../../../exercises/solutions/07_lora.ipynb #cdbd05ee
-import math
+import math  # noqa: F811
+
 from ..exercises import OpenQuestion, Question
 
 LESSON = "07 LoRA"
 
+def _dice(seed):
+    import torch
+    return torch.Generator().manual_seed(seed)
+
 def _random(rng, *shape): # standard normal
     import torch
-    return torch.randn(shape, generator=torch.Generator().manual_seed(rng.getrandbits(31)))
+    return torch.randn(shape, generator=_dice(rng.getrandbits(31)))
 
 def _tensor(values):
     import torch
     return torch.tensor(values)
 
 # %% ../../../exercises/solutions/07_lora.ipynb #d62ec722
-def trainable(shapes, targets, r):
+def trainable(shapes, target_modules, r):
     "How many parameters are trained, and what percentage that is of all."
     # BEGIN SOLUTION
-    means = lambda target, name: name == target or name.endswith("." + target)
-    for target in targets:
+    def means(target, name): return name == target or name.endswith("." + target)
+    for target in target_modules:
         if not any(means(target, name) for name in shapes):
             raise ValueError(f"no module is called {target!r}")
-    trained = sum(r * sum(shape) for name, shape in shapes.items() if any(means(target, name) for target in targets))
+    trained = 0
+    for name, shape in shapes.items():
+        if any(means(target, name) for target in target_modules):
+            trained += r * sum(shape)
     return trained, 100 * trained / (trained + sum(map(math.prod, shapes.values())))
     # END SOLUTION
 
 # %% ../../../exercises/solutions/07_lora.ipynb #eadc6563
 def _model(layers, width=8, kv=4, inner=20, vocab=50, fused=False):
-    attention = dict(q_proj=(width, width), k_proj=(kv, width), v_proj=(kv, width), o_proj=(width, width))
-    mlp = dict(gate_up_proj=(2 * inner, width)) if fused else dict(gate_proj=(inner, width), up_proj=(inner, width))
-    parts = {f"layers.{i}.{part}.{name}": shape for i in range(layers) for part, some in [("self_attn", attention), ("mlp", mlp | dict(down_proj=(width, inner)))] for name, shape in some.items()}
-    return {"embed_tokens": (vocab, width)} | parts | {f"layers.{i}.norm": (width,) for i in range(layers)} | {"lm_head": (vocab, width)}
+    attention = dict(q_proj=(width, width), k_proj=(kv, width),
+                     v_proj=(kv, width), o_proj=(width, width))
+    if fused:
+        mlp = dict(gate_up_proj=(2 * inner, width))
+    else:
+        mlp = dict(gate_proj=(inner, width), up_proj=(inner, width))
+    mlp |= dict(down_proj=(width, inner))
+    shapes = {"embed_tokens": (vocab, width)}
+    for i in range(layers):
+        shapes |= {f"layers.{i}.self_attn.{name}": shape for name, shape in attention.items()}
+        shapes |= {f"layers.{i}.mlp.{name}": shape for name, shape in mlp.items()}
+    shapes |= {f"layers.{i}.norm": (width,) for i in range(layers)}
+    return shapes | {"lm_head": (vocab, width)}
 
-q1 = Question("lora.trainable", "How many are trained?", trainable, example=lambda: ({"embed": (10, 4), "layers.0.q_proj": (4, 4), "layers.0.v_proj": (2, 4), "norm": (4,)}, ["q_proj", "v_proj"], 2), stars=1, minutes=10, hints=[
-    "A adapter's A is (r, inputs), its B (outputs, r). How many numbers are there in both?",
-    "`r * (outputs + inputs)`. A layer need not be square: k and v are often narrow, the MLP is wide.",
-    "Go through the modules and ask for each whether *any* target means it; then none is counted twice. Afterwards divide by frozen and trained together."])
+q1 = Question("lora.trainable", "How many are trained?", trainable,
+    stars=1, minutes=10,
+    example=lambda: (
+        {"embed": (10, 4), "layers.0.q_proj": (4, 4), "layers.0.v_proj": (2, 4), "norm": (4,)},
+        ["q_proj", "v_proj"], 2),
+    hints=[
+        "An adapter's A is (r, inputs), its B (outputs, r). How many numbers are there in both?",
+        ("`r * (outputs + inputs)`. A layer need not be square: "
+         "k and v are often narrow, the MLP is wide."),
+        ("Go through the modules and ask for each whether *any* target means it; "
+         "then none is counted twice. Afterwards divide by frozen and trained together.")])
 
 @q1.inputs
 def _(rng):
     r = rng.choice([3, 5, 6])
-    return [({"a": (3, 5)}, ["a"], 1), (_model(1), ["q_proj"], 2), (_model(2), ["q_proj", "v_proj"], 2), (_model(3), ["k_proj", "down_proj"], 4), (_model(2, fused=True), ["down_proj", "up_proj"], 2), (_model(1, fused=True) | {"layers.0.up_proj": (6, 8)}, ["up_proj"], 2),
-            (_model(2), ["layers.1.self_attn.q_proj"], 3), (_model(1), ["lm_head"], 2), (_model(2), ["q_proj", "self_attn.q_proj", "o_proj"], 2), (_model(1), ["q_proj", "w_proj"], 2), (_model(1), ["proj"], 2), (_model(1), ["self_attn"], 1), (_model(1), [], 2),
-            (_model(2, width=6, kv=2, inner=rng.randint(9, 40)), ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], r), (_model(rng.randint(2, 5), kv=2), ["v_proj", "up_proj"], r), (_model(2, inner=rng.randint(9, 40)), ["Q_proj", "v_proj"], r), (_model(2, width=16, vocab=rng.randint(30_000, 50_000)), ["q_proj", "v_proj"], r), (_model(1, vocab=100_000), ["k_proj"], 1)]
+    all_seven = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return [
+        ({"a": (3, 5)}, ["a"], 1),
+        (_model(1), ["q_proj"], 2),
+        (_model(2), ["q_proj", "v_proj"], 2),
+        (_model(3), ["k_proj", "down_proj"], 4),
+        (_model(2, fused=True), ["down_proj", "up_proj"], 2),
+        (_model(1, fused=True) | {"layers.0.up_proj": (6, 8)}, ["up_proj"], 2),
+        (_model(2), ["layers.1.self_attn.q_proj"], 3),
+        (_model(1), ["lm_head"], 2),
+        (_model(2), ["q_proj", "self_attn.q_proj", "o_proj"], 2),
+        (_model(1), ["q_proj", "w_proj"], 2),
+        (_model(1), ["proj"], 2),
+        (_model(1), ["self_attn"], 1),
+        (_model(1), [], 2),
+        (_model(2, width=6, kv=2, inner=rng.randint(9, 40)), all_seven, r),
+        (_model(rng.randint(2, 5), kv=2), ["v_proj", "up_proj"], r),
+        (_model(2, inner=rng.randint(9, 40)), ["Q_proj", "v_proj"], r),
+        (_model(2, width=16, vocab=rng.randint(30_000, 50_000)), ["q_proj", "v_proj"], r),
+        (_model(1, vocab=100_000), ["k_proj"], 1)]
 
 # %% ../../../exercises/solutions/07_lora.ipynb #34d6af7a
 def _means(target, name): return name == target or name.endswith("." + target)
 
-def _trainable(shapes, targets, r, size=lambda r, out, into: r * (out + into), means=_means, strict=True, share=lambda trained, base, meant: 100 * trained / (trained + base), times=lambda hits: 1, error=ValueError):
-    if strict and not all(any(means(t, name) for name in shapes) for t in targets):
+def _trainable(
+    shapes, target_modules, r,
+    size=lambda r, out, into: r * (out + into), # of one adapter
+    means=_means, # does a target mean the module of this name?
+    strict=True, # is a target that means nothing an error?
+    share=lambda trained, base, meant: 100 * trained / (trained + base),
+    times=lambda hits: 1, # how often a module counts that so many targets mean
+    error=ValueError,
+):
+    def known(target): return any(means(target, name) for name in shapes)
+    if strict and not all(map(known, target_modules)):
         raise error
-    hits = {name: sum(means(t, name) for t in targets) for name in shapes}
-    trained = sum(size(r, *shapes[name]) * times(n) for name, n in hits.items() if n)
-    return trained, share(trained, sum(map(math.prod, shapes.values())), sum(math.prod(shapes[name]) for name, n in hits.items() if n))
+    hits = {name: sum(means(t, name) for t in target_modules) for name in shapes}
+    chosen = {name: n for name, n in hits.items() if n}
+    trained = sum(size(r, *shapes[name]) * times(n) for name, n in chosen.items())
+    base = sum(map(math.prod, shapes.values()))
+    return trained, share(trained, base, sum(math.prod(shapes[name]) for name in chosen))
 
-@q1.mistake("twice the outputs", "you count `2 · r · outputs`, as if all layers were square. B is (outputs, r) and A is (r, inputs).")
+@q1.mistake("twice the outputs",
+    "you count `2 · r · outputs`, as if all layers were square. "
+    "B is (outputs, r) and A is (r, inputs).")
 def _(*args): return _trainable(*args, size=lambda r, out, into: 2 * r * out)
 
-@q1.mistake("twice the inputs", "you count `2 · r · inputs`, as if all layers were square. B is (outputs, r) and A is (r, inputs).")
+@q1.mistake("twice the inputs",
+    "you count `2 · r · inputs`, as if all layers were square. "
+    "B is (outputs, r) and A is (r, inputs).")
 def _(*args): return _trainable(*args, size=lambda r, out, into: 2 * r * into)
 
 @q1.mistake("one matrix", "an adapter has two matrices, A and B; you count A alone.")
@@ -73,65 +129,107 @@ def _(*args): return _trainable(*args, size=lambda r, out, into: r * into)
 @q1.mistake("B alone", "an adapter has two matrices, A and B; you count B alone.")
 def _(*args): return _trainable(*args, size=lambda r, out, into: r * out)
 
-@q1.mistake("r times the weight", "you multiply the whole weight by r, which is more than full fine-tuning. The two matrices are thin: r on one side.")
+@q1.mistake("r times the weight",
+    "you multiply the whole weight by r, which is more than full fine-tuning. "
+    "The two matrices are thin: r on one side.")
 def _(*args): return _trainable(*args, size=lambda r, out, into: r * out * into)
 
-@q1.mistake("the weight itself", "you count the weights of the modules that are meant. These are frozen; what is trained stands beside them.")
+@q1.mistake("the weight itself",
+    "you count the weights of the modules that are meant. "
+    "These are frozen; what is trained stands beside them.")
 def _(*args): return _trainable(*args, size=lambda r, out, into: out * into)
 
 # %% ../../../exercises/solutions/07_lora.ipynb #a77008ee
-@q1.mistake("a share of the base", "your percentage is of the frozen parameters. The adapters are part of the model too: add them below the line.")
+@q1.mistake("a share of the base",
+    "your percentage is of the frozen parameters. "
+    "The adapters are part of the model too: add them below the line.")
 def _(*args): return _trainable(*args, share=lambda trained, base, meant: 100 * trained / base)
 
-@q1.mistake("a share of what is meant", "your percentage is of the modules that have an adapter; it is to be of the whole model, embeddings and norms and all.")
+@q1.mistake("a share of what is meant",
+    "your percentage is of the modules that have an adapter; "
+    "it is to be of the whole model, embeddings and norms and all.")
 def _(*args):
-    return _trainable(*args, share=lambda trained, base, meant: 100 * trained / (trained + meant) if meant else 0.0)
+    def share(trained, base, meant): return 100 * trained / (trained + meant) if meant else 0.0
+    return _trainable(*args, share=share)
 
-@q1.mistake("a fraction", "that is a fraction; a percentage is 100 times as much. (\"0.25\" of the one is a quarter, of the other a four-hundredth.)")
+@q1.mistake("a fraction",
+    "that is a fraction; a percentage is 100 times as much. "
+    "(\"0.25\" of the one is a quarter, of the other a four-hundredth.)")
 def _(*args):
     return _trainable(*args, share=lambda trained, base, meant: trained / (trained + base))
 
-@q1.mistake("rounded", "you round the percentage. For a large model that leaves a digit or two; round where you print.")
-def _(*args): return (found := trainable(*args))[0], round(found[1], 4)
+@q1.mistake("rounded",
+    "you round the percentage. For a large model that leaves a digit or two; "
+    "round where you print.")
+def _(*args):
+    trained, share = trainable(*args)
+    return trained, round(share, 4)
 
-@q1.mistake("rounded to two places", "you round the percentage. For a large model that leaves a digit, or none; round where you print.")
-def _(*args): return (found := trainable(*args))[0], round(found[1], 2)
+@q1.mistake("rounded to two places",
+    "you round the percentage. For a large model that leaves a digit, or none; "
+    "round where you print.")
+def _(*args):
+    trained, share = trainable(*args)
+    return trained, round(share, 2)
 
-@q1.mistake("capitals do not count", "you do not look at capitals. Names of modules do: `Q_proj` means nothing here, and that has to be said.")
+@q1.mistake("capitals do not count",
+    "you do not look at capitals. Names of modules do: "
+    "`Q_proj` means nothing here, and that has to be said.")
 def _(*args):
     return _trainable(*args, means=lambda target, name: _means(target.lower(), name.lower()))
 
 # %% ../../../exercises/solutions/07_lora.ipynb #45d1101e
-@q1.mistake("any part of a name", "you look for the target anywhere in a name, so `up_proj` means `gate_up_proj` too. It must be the whole name, or follow a dot at its end.")
+@q1.mistake("any part of a name",
+    "you look for the target anywhere in a name, so `up_proj` means `gate_up_proj` too. "
+    "It must be the whole name, or follow a dot at its end.")
 def _(*args): return _trainable(*args, means=lambda target, name: target in name)
 
-@q1.mistake("an end without its dot", "you look only whether a name ends with the target, so `up_proj` means `gate_up_proj` too. A dot must come before it.")
+@q1.mistake("an end without its dot",
+    "you look only whether a name ends with the target, "
+    "so `up_proj` means `gate_up_proj` too. A dot must come before it.")
 def _(*args): return _trainable(*args, means=lambda target, name: name.endswith(target))
 
-@q1.mistake("any part between dots", "you look for the target between any two dots, so that the name of a block means a module in it. It must be the end of the name.")
+@q1.mistake("any part between dots",
+    "you look for the target between any two dots, "
+    "so that the name of a block means a module in it. It must be the end of the name.")
 def _(*args):
-    return _trainable(*args, means=lambda target, name: target in name.split(".") or _means(target, name))
+    def means(target, name): return target in name.split(".") or _means(target, name)
+    return _trainable(*args, means=means)
 
-@q1.mistake("the last part alone", "you compare the target with the last part of a name. A target may be longer: `self_attn.q_proj`, or a whole name, which means one layer alone.")
+@q1.mistake("the last part alone",
+    "you compare the target with the last part of a name. "
+    "A target may be longer: `self_attn.q_proj`, or a whole name, "
+    "which means one layer alone.")
 def _(*args): return _trainable(*args, means=lambda target, name: name.split(".")[-1] == target)
 
-@q1.mistake("whole names alone", "you compare the target with whole names. It also means every module whose name ends with a dot and the target: that is how one word means a layer in each block.")
+@q1.mistake("whole names alone",
+    "you compare the target with whole names. "
+    "It also means every module whose name ends with a dot and the target: "
+    "that is how one word means a layer in each block.")
 def _(*args): return _trainable(*args, means=lambda target, name: name == target)
 
 # %% ../../../exercises/solutions/07_lora.ipynb #d1463839
-@q1.mistake("unknown targets pass", "a target that means no module goes unseen, and fewer layers are trained than one thinks. Raise a ValueError.")
+@q1.mistake("unknown targets pass",
+    "a target that means no module goes unseen, and fewer layers are "
+    "trained than one thinks. Raise a ValueError.")
 def _(*args): return _trainable(*args, strict=False)
 
-@q1.mistake("as strict as PEFT", "you complain only where no target means anything. One misspelt target among others is what nobody sees; ask for each.")
-def _(shapes, targets, r):
-    if not any(_means(t, name) for t in targets for name in shapes):
+@q1.mistake("as strict as PEFT",
+    "you complain only where no target means anything. "
+    "One misspelt target among others is what nobody sees; ask for each.")
+def _(shapes, target_modules, r):
+    if not any(_means(t, name) for t in target_modules for name in shapes):
         raise ValueError
-    return _trainable(shapes, targets, r, strict=False)
+    return _trainable(shapes, target_modules, r, strict=False)
 
-@q1.mistake("twice for two targets", "a module that two targets mean is counted twice. It gets one adapter: go through the modules, not through the targets.")
+@q1.mistake("twice for two targets",
+    "a module that two targets mean is counted twice. "
+    "It gets one adapter: go through the modules, not through the targets.")
 def _(*args): return _trainable(*args, times=lambda hits: hits)
 
-@q1.mistake("a KeyError", "for a target that means nothing a KeyError comes out of your function; raise a ValueError that says what is wrong.")
+@q1.mistake("a KeyError",
+    "for a target that means nothing a KeyError comes out of your function; "
+    "raise a ValueError that says what is wrong.")
 def _(*args): return _trainable(*args, error=KeyError)
 
 # %% ../../../exercises/solutions/07_lora.ipynb #48a11820
@@ -146,167 +244,265 @@ def fresh(weight, r, seed):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/07_lora.ipynb #523c29b6
-q2 = Question("lora.fresh", "A fresh adapter", fresh, example=lambda: (_tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), 1, 0), stars=1, minutes=10, hints=[
-    "h = W x + scaling · B A x. A meets x first, so it has `inputs` columns; B makes outputs, so it has `outputs` rows.",
-    "`torch.empty(r, inputs)`, filled by `kaiming_uniform_(…, a=math.sqrt(5), generator=torch.Generator().manual_seed(seed))`. Its bound depends on the second side of the shape, so fill it in this form.",
-    "`torch.empty` and `torch.zeros` are float32 by themselves; `torch.zeros_like` and `weight.new_zeros` are as the weight is."])
+q2 = Question("lora.fresh", "A fresh adapter", fresh,
+    stars=1, minutes=10,
+    example=lambda: (_tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), 1, 0),
+    hints=[
+        ("h = W x + scaling · B A x. A meets x first, so it has `inputs` columns; "
+         "B makes outputs, so it has `outputs` rows."),
+        ("`torch.empty(r, inputs)`, filled by `kaiming_uniform_(…, a=math.sqrt(5), "
+         "generator=torch.Generator().manual_seed(seed))`. "
+         "Its bound depends on the second side of the shape, so fill it in this form."),
+        ("`torch.empty` and `torch.zeros` are float32 by themselves; "
+         "`torch.zeros_like` and `weight.new_zeros` are as the weight is.")])
 
 @q2.inputs
 def _(rng):
     import torch
-    one = lambda out, into, r, dtype=torch.float32: (_random(rng, out, into).to(dtype), r, rng.randrange(1000))
-    return [one(2, 3, 1), one(4, 4, 2), one(3, 6, 2), one(6, 3, 4), one(5, 4, 2, torch.bfloat16), one(4, 5, 1, torch.float16), one(2, 8, 3, torch.float64), one(2, 2, 8), one(8, 5, 2)]
+    def one(out, into, r, dtype=torch.float32):
+        return _random(rng, out, into).to(dtype), r, rng.randrange(1000)
+    return [
+        one(2, 3, 1), one(4, 4, 2), one(3, 6, 2), one(6, 3, 4),
+        one(5, 4, 2, torch.bfloat16), one(4, 5, 1, torch.float16), one(2, 8, 3, torch.float64),
+        one(2, 2, 8), one(8, 5, 2)]
 
 # %% ../../../exercises/solutions/07_lora.ipynb #3c4cc822
-def _kaiming(seed, *shape, a=math.sqrt(5)):
+_ROOT = math.sqrt(5)
+
+def _fill(matrix, seed, a=_ROOT):
     import torch
-    return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=a, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.init.kaiming_uniform_(matrix, a=a, generator=_dice(seed))
 
-@q2.mistake("both zero", "A and B are both zero. The gradient of each is a product with the other, so both gradients are zero too, for ever: such an adapter never learns anything.")
+def _kaiming(seed, *shape, a=_ROOT):
+    import torch
+    return _fill(torch.empty(shape), seed, a)
+
+@q2.mistake("both zero",
+    "A and B are both zero. The gradient of each is a product with the other, "
+    "so both gradients are zero too, for ever: such an adapter never learns anything.")
 def _(weight, r, seed):
-    return (z := _kaiming(0, r, weight.shape[1]) * 0), weight.new_zeros(weight.shape[0], r).float()
+    outputs, inputs = weight.shape
+    return _kaiming(0, r, inputs) * 0, weight.new_zeros(outputs, r).float()
 
-@q2.mistake("both random", "A and B are both random, so the model is disturbed before it has seen a single row. One of them must be zero for B A to be zero.")
+@q2.mistake("both random",
+    "A and B are both random, so the model is disturbed before it has seen a single row. "
+    "One of them must be zero for B A to be zero.")
 def _(weight, r, seed):
     import torch
-    g = torch.Generator().manual_seed(seed)
-    return tuple(torch.nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=g) for shape in ((r, weight.shape[1]), (weight.shape[0], r)))
+    outputs, inputs = weight.shape
+    dice = _dice(seed)
+    def fill(*shape):
+        return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=_ROOT, generator=dice)
+    return fill(r, inputs), fill(outputs, r)
 
-@q2.mistake("both random, of one seed", "A and B are both random, so the model is disturbed before it has seen a single row. One of them must be zero for B A to be zero.")
+@q2.mistake("both random, of one seed",
+    "A and B are both random, so the model is disturbed before it has seen a single row. "
+    "One of them must be zero for B A to be zero.")
 def _(weight, r, seed):
     return _kaiming(seed, r, weight.shape[1]), _kaiming(seed, weight.shape[0], r)
 
 # %% ../../../exercises/solutions/07_lora.ipynb #e3452992
-@q2.mistake("the other one is zero", "A is zero and B is random. That begins at zero as well and can learn, but it is not what PEFT and the paper do: B is zero.")
+@q2.mistake("the other one is zero",
+    "A is zero and B is random. That begins at zero as well and can learn, "
+    "but it is not what PEFT and the paper do: B is zero.")
 def _(weight, r, seed):
     return _kaiming(0, r, weight.shape[1]) * 0, _kaiming(seed, weight.shape[0], r)
 
-@q2.mistake("the dtype of the weight", "your adapter has the dtype of the weight. It is to be float32, or a step that is small beside the value is rounded away.")
+@q2.mistake("the dtype of the weight",
+    "your adapter has the dtype of the weight. "
+    "It is to be float32, or a step that is small beside the value is rounded away.")
 def _(weight, r, seed): return tuple(m.to(weight.dtype) for m in fresh(weight, r, seed))
 
-@q2.mistake("drawn in the dtype of the weight", "your adapter has the dtype of the weight. It is to be float32, or a step that is small beside the value is rounded away.")
+@q2.mistake("drawn in the dtype of the weight",
+    "your adapter has the dtype of the weight. "
+    "It is to be float32, or a step that is small beside the value is rounded away.")
 def _(weight, r, seed):
-    import torch
-    return torch.nn.init.kaiming_uniform_(weight.new_empty(r, weight.shape[1]), a=math.sqrt(5), generator=torch.Generator().manual_seed(seed)), weight.new_zeros(weight.shape[0], r)
+    outputs, inputs = weight.shape
+    return _fill(weight.new_empty(r, inputs), seed), weight.new_zeros(outputs, r)
 
 # %% ../../../exercises/solutions/07_lora.ipynb #28a508bd
-@q2.mistake("rounded on the way", "your A is float32, but it was rounded to the weight's dtype on the way, as in PEFT. Here it is not.")
+@q2.mistake("rounded on the way",
+    "your A is float32, but it was rounded to the weight's dtype on the way, as in PEFT. "
+    "Here it is not.")
 def _(weight, r, seed): return tuple(m.to(weight.dtype).float() for m in fresh(weight, r, seed))
 
-@q2.mistake("drawn in 16 bits", "your A is float32, but it was drawn in the weight's dtype. Draw in float32.")
+@q2.mistake("drawn in 16 bits",
+    "your A is float32, but it was drawn in the weight's dtype. Draw in float32.")
 def _(weight, r, seed):
-    import torch
-    return torch.nn.init.kaiming_uniform_(weight.new_empty(r, weight.shape[1]), a=math.sqrt(5), generator=torch.Generator().manual_seed(seed)).float(), fresh(weight, r, seed)[1]
+    A = _fill(weight.new_empty(r, weight.shape[1]), seed)
+    return A.float(), fresh(weight, r, seed)[1]
 
-@q2.mistake("without a", "you leave `a` out. Then it is 0, and the numbers are larger by the root of 6: another start than PEFT's, though no disaster.")
+@q2.mistake("without a",
+    "you leave `a` out. Then it is 0, and the numbers are larger by the root of 6: "
+    "another start than PEFT's, though no disaster.")
 def _(weight, r, seed): return _kaiming(seed, r, weight.shape[1], a=0), fresh(weight, r, seed)[1]
 
-@q2.mistake("a is 5", "you give 5 for `a`; it is the root of 5, which makes the bound 1 / sqrt(inputs).")
+@q2.mistake("a is 5",
+    "you give 5 for `a`; it is the root of 5, which makes the bound 1 / sqrt(inputs).")
 def _(weight, r, seed): return _kaiming(seed, r, weight.shape[1], a=5), fresh(weight, r, seed)[1]
 
-@q2.mistake("filled the other way round", "you fill a matrix of the shape (inputs, r) and turn it. `kaiming_uniform_` takes its bound from the second side, so yours depends on r and not on the inputs.")
+@q2.mistake("filled the other way round",
+    "you fill a matrix of the shape (inputs, r) and turn it. "
+    "`kaiming_uniform_` takes its bound from the second side, "
+    "so yours depends on r and not on the inputs.")
 def _(weight, r, seed):
     return _kaiming(seed, weight.shape[1], r).T.contiguous(), fresh(weight, r, seed)[1]
 
-@q2.mistake("inputs and outputs swapped", "you take the first side of the weight for its inputs. A linear layer's weight is (outputs, inputs), since it computes x W^T.")
+@q2.mistake("inputs and outputs swapped",
+    "you take the first side of the weight for its inputs. "
+    "A linear layer's weight is (outputs, inputs), since it computes x W^T.")
 def _(weight, r, seed): return fresh(weight.T, r, seed)
 
 # %% ../../../exercises/solutions/07_lora.ipynb #c1dc209d
-@q2.mistake("the shapes the other way round", "your A is (inputs, r) and your B (r, outputs). That is how some papers write it; PyTorch's and PEFT's matrices are (r, inputs) and (outputs, r).")
+@q2.mistake("the shapes the other way round",
+    "your A is (inputs, r) and your B (r, outputs). "
+    "That is how some papers write it; PyTorch's and PEFT's matrices are (r, "
+    "inputs) and (outputs, r).")
 def _(weight, r, seed): return fresh(weight, r, seed)[0].T, fresh(weight, r, seed)[1].T
 
-@q2.mistake("made as (inputs, r)", "your A is (inputs, r) and your B (r, outputs). That is how some papers write it; PyTorch's and PEFT's matrices are (r, inputs) and (outputs, r).")
+@q2.mistake("made as (inputs, r)",
+    "your A is (inputs, r) and your B (r, outputs). "
+    "That is how some papers write it; PyTorch's and PEFT's matrices are (r, "
+    "inputs) and (outputs, r).")
 def _(weight, r, seed): return _kaiming(seed, weight.shape[1], r), fresh(weight, r, seed)[1].T
 
-@q2.mistake("a normal distribution", "your A is normally distributed. The paper says so; PEFT, and this task, take `kaiming_uniform_`.")
+@q2.mistake("a normal distribution",
+    "your A is normally distributed. The paper says so; "
+    "PEFT, and this task, take `kaiming_uniform_`.")
 def _(weight, r, seed):
     import torch
-    return torch.randn(r, weight.shape[1], generator=torch.Generator().manual_seed(seed)), fresh(weight, r, seed)[1]
+    A = torch.randn(r, weight.shape[1], generator=_dice(seed))
+    return A, fresh(weight, r, seed)[1]
 
-@q2.mistake("B and A", "you give B first; A first, then B.")
+@q2.mistake("B and A", "you return B first; A first, then B.")
 def _(weight, r, seed): return fresh(weight, r, seed)[::-1]
 
 # %% ../../../exercises/solutions/07_lora.ipynb #4c35dec4
-def merged(weight, A, B, alpha, use_rslora):
+def merged(weight, A, B, lora_alpha, use_rslora):
     "The weight with the adapter in it."
     # BEGIN SOLUTION
     r = A.shape[0]
-    scaling = alpha / math.sqrt(r) if use_rslora else alpha / r
+    scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
     return (weight.float() + scaling * (B @ A)).to(weight.dtype)
     # END SOLUTION
 
 # %% ../../../exercises/solutions/07_lora.ipynb #64a90762
-q3 = Question("lora.merged", "Merged", merged, example=lambda: (_tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), _tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]]), _tensor([[1.0, 0.0], [0.0, 1.0]]), 4, False), stars=2, minutes=12, hints=[
-    "Which product of A and B has the shape of the weight?",
-    "r is the number of rows of A. `alpha / r`, whatever alpha is: doubling r halves each rank's weight.",
-    "`(weight.float() + scaling * (B @ A)).to(weight.dtype)`"])
+q3 = Question("lora.merged", "Merged", merged,
+    stars=2, minutes=12,
+    example=lambda: (
+        _tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]),
+        _tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]]),
+        _tensor([[1.0, 0.0], [0.0, 1.0]]),
+        4, False),
+    hints=[
+        "Which product of A and B has the shape of the weight?",
+        ("r is the number of rows of A. `lora_alpha / r`, whatever alpha is: "
+         "doubling r halves each rank's weight."),
+        "`(weight.float() + scaling * (B @ A)).to(weight.dtype)`"])
 
 @q3.inputs
 def _(rng):
     import torch
     def one(out, into, r, alpha, rs=False, dtype=torch.float32):
-        return _random(rng, out, into).to(dtype), _random(rng, r, into), _random(rng, out, r), alpha, rs
-    return [one(2, 3, 1, 2), one(3, 3, 2, 1), one(4, 3, 2, 8), one(3, 5, 4, 2), one(2, 3, 3, 2, True), one(4, 4, 4, 8, True), one(8, 8, 3, 2, False, torch.bfloat16), one(8, 6, 2, 3, True, torch.bfloat16), one(6, 8, 4, 16, False, torch.bfloat16), one(3, 4, 8, rng.randint(3, 6)), one(5, 2, 6, rng.randint(3, 9), True)]
+        weight = _random(rng, out, into).to(dtype)
+        return weight, _random(rng, r, into), _random(rng, out, r), alpha, rs
+    return [
+        one(2, 3, 1, 2), one(3, 3, 2, 1), one(4, 3, 2, 8), one(3, 5, 4, 2),
+        one(2, 3, 3, 2, True), one(4, 4, 4, 8, True),
+        one(8, 8, 3, 2, False, torch.bfloat16),
+        one(8, 6, 2, 3, True, torch.bfloat16),
+        one(6, 8, 4, 16, False, torch.bfloat16),
+        one(3, 4, 8, rng.randint(3, 6)), one(5, 2, 6, rng.randint(3, 9), True)]
 
 # %% ../../../exercises/solutions/07_lora.ipynb #078bd107
-def _merged(weight, A, B, alpha, rs, scaling=lambda alpha, r, rs: alpha / math.sqrt(r) if rs else alpha / r, rank=lambda A, B: A.shape[0], product=lambda A, B: B @ A):
+def _scaling(alpha, r, rs): return alpha / math.sqrt(r) if rs else alpha / r
+
+def _merged(
+    weight, A, B, alpha, rs,
+    scaling=_scaling,
+    rank=lambda A, B: A.shape[0],
+    product=lambda A, B: B @ A,
+):
     return (weight.float() + scaling(alpha, rank(A, B), rs) * product(A, B)).to(weight.dtype)
 
-@q3.mistake("without the scale", "you add B A without its scaling, so the merged model does more (or less) than the one that was trained. Multiply by alpha / r.")
+@q3.mistake("without the scale",
+    "you add B A without its scaling, so the merged model does more (or less) than the one "
+    "that was trained. Multiply by alpha / r.")
 def _(*args): return _merged(*args, scaling=lambda alpha, r, rs: 1)
 
-@q3.mistake("alpha over r upside down", "your scaling is r / alpha. It is alpha / r: a larger alpha makes the adapter stronger.")
+@q3.mistake("alpha over r upside down",
+    "your scaling is r / alpha. It is alpha / r: a larger alpha makes the adapter stronger.")
 def _(*args):
     return _merged(*args, scaling=lambda alpha, r, rs: math.sqrt(r) / alpha if rs else r / alpha)
 
-@q3.mistake("alpha alone", "you multiply by alpha. It is divided by the rank, so that another r does not need another learning rate.")
+@q3.mistake("alpha alone",
+    "you multiply by alpha. It is divided by the rank, "
+    "so that another r does not need another learning rate.")
 def _(*args): return _merged(*args, scaling=lambda alpha, r, rs: alpha)
 
-@q3.mistake("whole division", "you divide with `//`, which rounds down: alpha 2 and r 4 give 0, and the adapter is gone.")
+@q3.mistake("whole division",
+    "you divide with `//`, which rounds down: "
+    "alpha 2 and r 4 give 0, and the adapter is gone.")
 def _(*args):
     return _merged(*args, scaling=lambda alpha, r, rs: alpha / math.sqrt(r) if rs else alpha // r)
 
-@q3.mistake("rsLoRA is not looked at", "with `use_rslora` the scaling is alpha / sqrt(r); yours is alpha / r always.")
+@q3.mistake("rsLoRA is not looked at",
+    "with `use_rslora` the scaling is alpha / sqrt(r); yours is alpha / r always.")
 def _(*args): return _merged(*args, scaling=lambda alpha, r, rs: alpha / r)
 
 # %% ../../../exercises/solutions/07_lora.ipynb #d15fd660
-@q3.mistake("always rsLoRA", "your scaling is alpha / sqrt(r) always; without `use_rslora` it is alpha / r.")
+@q3.mistake("always rsLoRA",
+    "your scaling is alpha / sqrt(r) always; without `use_rslora` it is alpha / r.")
 def _(*args): return _merged(*args, scaling=lambda alpha, r, rs: alpha / math.sqrt(r))
 
-@q3.mistake("rsLoRA the wrong way round", "you take the root where there is no `use_rslora`, and none where there is.")
+@q3.mistake("rsLoRA the wrong way round",
+    "you take the root where there is no `use_rslora`, and none where there is.")
 def _(*args):
     return _merged(*args, scaling=lambda alpha, r, rs: alpha / r if rs else alpha / math.sqrt(r))
 
-@q3.mistake("the root of all of it", "with `use_rslora` you take the root of alpha / r. The root is of r alone.")
+@q3.mistake("the root of all of it",
+    "with `use_rslora` you take the root of alpha / r. The root is of r alone.")
 def _(*args):
     return _merged(*args, scaling=lambda alpha, r, rs: math.sqrt(alpha / r) if rs else alpha / r)
 
 # %% ../../../exercises/solutions/07_lora.ipynb #08bbdd92
-@q3.mistake("r from the inputs", "your r is the number of inputs. A is (r, inputs): r is its first side.")
+@q3.mistake("r from the inputs",
+    "your r is the number of inputs. A is (r, inputs): r is its first side.")
 def _(*args): return _merged(*args, rank=lambda A, B: A.shape[1])
 
-@q3.mistake("r from the outputs", "your r is the number of outputs. B is (outputs, r): r is its second side.")
+@q3.mistake("r from the outputs",
+    "your r is the number of outputs. B is (outputs, r): r is its second side.")
 def _(*args): return _merged(*args, rank=lambda A, B: B.shape[0])
 
-@q3.mistake("the product is turned", "you add the transpose of B A, which fits only where the weight is square, and is wrong there. B A has the shape of the weight.")
+@q3.mistake("the product is turned",
+    "you add the transpose of B A, which fits only where the weight is square, "
+    "and is wrong there. B A has the shape of the weight.")
 def _(*args): return _merged(*args, product=lambda A, B: (B @ A).T)
 
-@q3.mistake("A times B", "you multiply A by B; that fits only where a layer is square, and has another shape. x meets A first: B A x.")
+@q3.mistake("A times B",
+    "you multiply A by B; that fits only where a layer is square, and has another shape. "
+    "x meets A first: B A x.")
 def _(*args): return _merged(*args, product=lambda A, B: A @ B)
 
-@q3.mistake("the adapter alone", "you give the adapter's part without the weight.")
-def _(weight, *rest): return (_merged(weight.float() * 0, *rest)).to(weight.dtype)
+@q3.mistake("the adapter alone", "you return the adapter's part without the weight.")
+def _(weight, *rest): return _merged(weight.float() * 0, *rest).to(weight.dtype)
 
-@q3.mistake("taken out", "you take the adapter out of the weight (minus). That undoes a merge; here it goes in.")
+@q3.mistake("taken out",
+    "you take the adapter out of the weight (minus). That undoes a merge; here it goes in.")
 def _(weight, A, B, *rest): return _merged(weight, -A, B, *rest)
 
-@q3.mistake("rounded twice", "for a bfloat16 weight you round what the adapter adds, and then the sum. Add in float32, and round once.")
+@q3.mistake("rounded twice",
+    "for a bfloat16 weight you round what the adapter adds, and then the sum. "
+    "Add in float32, and round once.")
 def _(weight, A, B, alpha, rs):
     return weight + _merged(0 * weight.float(), A, B, alpha, rs).to(weight.dtype)
 
-@q3.mistake("an adapter in 16 bits", "for a bfloat16 weight you round A and B before you multiply them. Reckon in float32 and round last: bfloat16 keeps three digits or fewer.")
+@q3.mistake("an adapter in 16 bits",
+    "for a bfloat16 weight you round A and B before you multiply them. "
+    "Reckon in float32 and round last: bfloat16 keeps three digits or fewer.")
 def _(weight, A, B, alpha, rs):
-    return (weight + (alpha / math.sqrt(A.shape[0]) if rs else alpha / A.shape[0]) * (B.to(weight.dtype) @ A.to(weight.dtype))).to(weight.dtype)
+    product = B.to(weight.dtype) @ A.to(weight.dtype)
+    return (weight + _scaling(alpha, A.shape[0], rs) * product).to(weight.dtype)
 
 # %% ../../../exercises/solutions/07_lora.ipynb #710ae79a
 def step(x, weight, A, B, scaling, gradient, lr):
@@ -318,16 +514,35 @@ def step(x, weight, A, B, scaling, gradient, lr):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/07_lora.ipynb #2f4cc7f1
-q4 = Question("lora.step", "One step", step, example=lambda: (_tensor([[1.0, 2.0]]), _tensor([[1.0, 0.0], [0.0, 1.0]]), _tensor([[1.0, -1.0]]), _tensor([[0.0], [0.0]]), 2.0, _tensor([[1.0, 0.5]]), 0.1), stars=3, minutes=20, hints=[
-    "For y = u @ M.T, the gradient by M is `gradient_of_y.T @ u`, and the one by u is `gradient_of_y @ M`.",
-    "Take u = x @ A.T. The adapter adds scaling · u @ B.T, so the gradient by B is `scaling * gradient.T @ u`; what comes back to u is `scaling * gradient @ B`, and u is x @ A.T.",
-    "By A: `scaling * (gradient @ B).T @ x`. With B zero this is zero: in the first step B alone moves, and A from the second on."])
+q4 = Question("lora.step", "One step", step,
+    stars=3, minutes=20,
+    example=lambda: (
+        _tensor([[1.0, 2.0]]),
+        _tensor([[1.0, 0.0], [0.0, 1.0]]),
+        _tensor([[1.0, -1.0]]),
+        _tensor([[0.0], [0.0]]),
+        2.0, _tensor([[1.0, 0.5]]), 0.1),
+    hints=[
+        ("For y = u @ M.T, the gradient by M is `gradient_of_y.T @ u`, "
+         "and the one by u is `gradient_of_y @ M`."),
+        ("Take u = x @ A.T. The adapter adds scaling · u @ B.T, "
+         "so the gradient by B is `scaling * gradient.T @ u`; "
+         "what comes back to u is `scaling * gradient @ B`, and u is x @ A.T."),
+        ("By A: `scaling * (gradient @ B).T @ x`. "
+         "With B zero this is zero: in the first step B alone moves, and A from the second on.")])
 
 @q4.inputs
 def _(rng):
     def one(n, into, out, r, scaling=None, lr=0.1, B=1.0):
-        return _random(rng, n, into), _random(rng, out, into), _random(rng, r, into), B * _random(rng, out, r), scaling or round(rng.uniform(0.3, 4), 2), _random(rng, n, out), lr
-    return [one(1, 2, 2, 1), one(3, 2, 4, 1), one(2, 3, 3, 3), one(4, 5, 2, 2), one(2, 3, 3, 2, B=0), one(3, 4, 2, 2, B=0), one(2, 3, 4, 2, scaling=1.0), one(5, 3, 3, 3, lr=0.01), one(3, 3, 3, 3, scaling=2.0, lr=1.0)]
+        x, weight = _random(rng, n, into), _random(rng, out, into)
+        A, B = _random(rng, r, into), B * _random(rng, out, r)
+        scaling = scaling or round(rng.uniform(0.3, 4), 2)
+        return x, weight, A, B, scaling, _random(rng, n, out), lr
+    return [
+        one(1, 2, 2, 1), one(3, 2, 4, 1), one(2, 3, 3, 3), one(4, 5, 2, 2),
+        one(2, 3, 3, 2, B=0), one(3, 4, 2, 2, B=0),
+        one(2, 3, 4, 2, scaling=1.0), one(5, 3, 3, 3, lr=0.01),
+        one(3, 3, 3, 3, scaling=2.0, lr=1.0)]
 
 # %% ../../../exercises/solutions/07_lora.ipynb #bfd81d07
 def _by(x, A, B, s, g): return s * (g @ B).T @ x, s * g.T @ (x @ A.T)
@@ -336,20 +551,30 @@ def _step(x, weight, A, B, s, g, lr, a=lambda by: by, b=lambda by: by, w=0):
     by_A, by_B = _by(x, A, B, s, g)
     return weight - w * lr * g.T @ x, A - lr * a(by_A), B - lr * b(by_B)
 
-@q4.mistake("the base is trained", "your weight moves. With LoRA it is frozen: that is what makes the gradients and the optimizer small, and lets many adapters share a base.")
+@q4.mistake("the base is trained",
+    "your weight moves. With LoRA it is frozen: "
+    "that is what makes the gradients and the optimizer small, "
+    "and lets many adapters share a base.")
 def _(*args): return _step(*args, w=1)
 
-@q4.mistake("only the base is trained", "your weight moves, and the adapter stays as it is. It is the other way round.")
+@q4.mistake("only the base is trained",
+    "your weight moves, and the adapter stays as it is. It is the other way round.")
 def _(*args): return _step(*args, w=1, a=lambda by: 0, b=lambda by: 0)
 
-@q4.mistake("only B moves", "A stays where it is. It has a gradient too (except where B is zero).")
+@q4.mistake("only B moves",
+    "A stays where it is. It has a gradient too (except where B is zero).")
 def _(*args): return _step(*args, a=lambda by: 0)
 
 # %% ../../../exercises/solutions/07_lora.ipynb #dbdc227c
-@q4.mistake("only A moves", "B stays where it is. It has a gradient too, and at the start it is the only one that has.")
+@q4.mistake("only A moves",
+    "B stays where it is. It has a gradient too, "
+    "and at the start it is the only one that has.")
 def _(*args): return _step(*args, b=lambda by: 0)
 
-@q4.mistake("without the scale", "the scaling is missing in your gradients. It stands in the forward pass, so it stands in the backward pass: that is why alpha acts like a learning rate.")
+@q4.mistake("without the scale",
+    "the scaling is missing in your gradients. "
+    "It stands in the forward pass, so it stands in the backward pass: "
+    "that is why alpha acts like a learning rate.")
 def _(x, weight, A, B, s, g, lr): return _step(x, weight, A, B, 1, g, lr)
 
 @q4.mistake("the scale only in B", "the scaling is missing in the gradient of A.")
@@ -359,34 +584,47 @@ def _(x, weight, A, B, s, *rest): return _step(x, weight, A, B, s, *rest, a=lamb
 def _(x, weight, A, B, s, *rest): return _step(x, weight, A, B, s, *rest, b=lambda by: by / s)
 
 # %% ../../../exercises/solutions/07_lora.ipynb #03a6e838
-@q4.mistake("the scale twice", "the scaling stands in your gradients twice; the forward pass has it once.")
+@q4.mistake("the scale twice",
+    "the scaling stands in your gradients twice; the forward pass has it once.")
 def _(x, weight, A, B, s, *rest): return _step(x, weight, A, B, s * s, *rest)
 
-@q4.mistake("B first", "you take the step of B first and use the new B for the gradient of A. Both gradients come from one backward pass, with the values from before.")
+@q4.mistake("B first",
+    "you take the step of B first and use the new B for the gradient of A. "
+    "Both gradients come from one backward pass, with the values from before.")
 def _(x, weight, A, B, s, g, lr):
-    return weight, A - lr * _by(x, A, (new := B - lr * _by(x, A, B, s, g)[1]), s, g)[0], new
+    new = B - lr * _by(x, A, B, s, g)[1]
+    return weight, A - lr * _by(x, A, new, s, g)[0], new
 
-@q4.mistake("A first", "you take the step of A first and use the new A for the gradient of B. Both gradients come from one backward pass, with the values from before.")
+@q4.mistake("A first",
+    "you take the step of A first and use the new A for the gradient of B. "
+    "Both gradients come from one backward pass, with the values from before.")
 def _(x, weight, A, B, s, g, lr):
-    return weight, (new := A - lr * _by(x, A, B, s, g)[0]), B - lr * _by(x, new, B, s, g)[1]
+    new = A - lr * _by(x, A, B, s, g)[0]
+    return weight, new, B - lr * _by(x, new, B, s, g)[1]
 
 @q4.mistake("uphill", "you add the gradient. Gradient descent takes it away.")
 def _(x, weight, A, B, s, g, lr): return _step(x, weight, A, B, s, g, -lr)
 
-@q4.mistake("a mean over the rows", "you divide by the number of rows. `gradient` is already that of the loss, which has done its dividing.")
+@q4.mistake("a mean over the rows",
+    "you divide by the number of rows. `gradient` is already that of the loss, "
+    "which has done its dividing.")
 def _(x, weight, A, B, s, g, lr): return _step(x, weight, A, B, s, g, lr / len(x))
 
 # %% ../../../exercises/solutions/07_lora.ipynb #80c47446
-@q4.mistake("the adapter goes into the weight", "you merge the adapter into the weight. It stays beside it while it is trained.")
+@q4.mistake("the adapter goes into the weight",
+    "you merge the adapter into the weight. It stays beside it while it is trained.")
 def _(x, weight, A, B, s, *rest): return weight + s * (B @ A), *_step(x, weight, A, B, s, *rest)[1:]
 
 @q4.mistake("without lr", "you take a step without the learning rate.")
 def _(x, weight, A, B, s, g, lr): return _step(x, weight, A, B, s, g, 1)
 
-@q4.mistake("the gradients alone", "you give the steps; the matrices *after* the step are wanted.")
+@q4.mistake("the gradients alone",
+    "you return the steps; the matrices *after* the step are wanted.")
 def _(x, weight, A, B, s, g, lr): return weight, *_by(x, A, B, s, g)
 
-@q4.mistake("A gets the gradient without B", "the gradient of A does not pass through B in your function. What A makes goes through B, and so does what comes back; where B is zero nothing does.")
+@q4.mistake("A gets the gradient without B",
+    "the gradient of A does not pass through B in your function. "
+    "What A makes goes through B, and so does what comes back; where B is zero nothing does.")
 def _(x, weight, A, B, s, g, lr):
     return weight, A - lr * s * (g @ (0 * B + 1)).T @ x, _step(x, weight, A, B, s, g, lr)[2]
 
@@ -401,117 +639,220 @@ def as_one(adapters):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/07_lora.ipynb #5f99eb53
-q5 = Question("lora.as_one", "Several in one", as_one, example=lambda: ([(_tensor([[1.0, 0.0, 2.0]]), _tensor([[1.0], [0.0]]), 2, 0.5), (_tensor([[0.0, 1.0, 1.0]]), _tensor([[2.0], [3.0]]), 4, -1.0)],), stars=3, minutes=20, hints=[
-    "What is to come out is a sum of products, B1 A1 + B2 A2 (with factors). A product of sums has cross terms, B1 A2, in which one adapter's output meets the other's input.",
-    "Put [B1 B2] side by side and A1 over A2: what is their product? The new rank is the sum of the ranks.",
-    "`torch.cat` of the As along dimension 0, and of the Bs, each times `weight * alpha / r` with its *own* r, along dimension 1."])
+q5 = Question("lora.as_one", "Several in one", as_one,
+    stars=3, minutes=20,
+    example=lambda: ([
+        (_tensor([[1.0, 0.0, 2.0]]), _tensor([[1.0], [0.0]]), 2, 0.5),
+        (_tensor([[0.0, 1.0, 1.0]]), _tensor([[2.0], [3.0]]), 4, -1.0)],),
+    hints=[
+        ("What is to come out is a sum of products, B1 A1 + B2 A2 (with factors). "
+         "A product of sums has cross terms, B1 A2, in which one "
+         "adapter's output meets the other's input."),
+        ("Put [B1 B2] side by side and A1 over A2: what is their product? "
+         "The new rank is the sum of the ranks."),
+        ("`torch.cat` of the As along dimension 0, and of the Bs, "
+         "each times `weight * alpha / r` with its *own* r, along dimension 1.")])
 
 @q5.inputs
 def _(rng):
     def some(out, into, *each):
-        return ([(_random(rng, r, into), _random(rng, out, r), alpha, weight) for r, alpha, weight in each],)
-    w = lambda: round(rng.uniform(0.2, 2), 2)
-    return [some(2, 3, (1, 3, 1.0)), some(2, 2, (2, 2, 1.0)), some(3, 2, (1, 2, 1.0), (1, 2, 1.0)), some(3, 4, (2, 8, 0.5), (2, 2, 0.25)), some(3, 4, (2, 2, 0.7), (3, 2, 0.3)), some(4, 3, (2, 3, 1.0), (2, 3, -0.5)), some(3, 3, (3, 5, 0.0), (2, 2, 2.0)), some(2, 5, (4, 2, 1.0), (2, 16, w()), (3, 1, -w())),
-            some(3, 3, (3, 6, w()), (3, 9, w()), (3, 2, w())), some(4, 4, (2, rng.randint(5, 9), -w()), (4, rng.randint(1, 3), w()))]
+        adapters = []
+        for r, alpha, weight in each:
+            adapters.append((_random(rng, r, into), _random(rng, out, r), alpha, weight))
+        return (adapters,)
+    def w(): return round(rng.uniform(0.2, 2), 2)
+    return [
+        some(2, 3, (1, 3, 1.0)),
+        some(2, 2, (2, 2, 1.0)),
+        some(3, 2, (1, 2, 1.0), (1, 2, 1.0)),
+        some(3, 4, (2, 8, 0.5), (2, 2, 0.25)),
+        some(3, 4, (2, 2, 0.7), (3, 2, 0.3)),
+        some(4, 3, (2, 3, 1.0), (2, 3, -0.5)),
+        some(3, 3, (3, 5, 0.0), (2, 2, 2.0)),
+        some(2, 5, (4, 2, 1.0), (2, 16, w()), (3, 1, -w())),
+        some(3, 3, (3, 6, w()), (3, 9, w()), (3, 2, w())),
+        some(4, 4, (2, rng.randint(5, 9), -w()), (4, rng.randint(1, 3), w()))]
 
 # %% ../../../exercises/solutions/07_lora.ipynb #1b407751
-def _cat(adapters, a=lambda A, alpha, weight: A, b=lambda B, alpha, weight, r, all: B * (weight * alpha / r)):
+def _scaled(A, B, alpha, weight): return B * (weight * alpha / len(A))
+
+def _cat(
+    adapters,
+    a=lambda A, alpha, weight: A, # what becomes of an A
+    b=lambda B, alpha, weight, r, ranks: B * (weight * alpha / r), # and of a B
+):
     import torch
-    all = sum(len(A) for A, *_ in adapters)
-    return torch.cat([a(A, alpha, weight) for A, _, alpha, weight in adapters]), torch.cat([b(B, alpha, weight, len(A), all) for A, B, alpha, weight in adapters], 1)
+    ranks = sum(len(A) for A, *_ in adapters)
+    As = [a(A, alpha, weight) for A, _, alpha, weight in adapters]
+    Bs = [b(B, alpha, weight, len(A), ranks) for A, B, alpha, weight in adapters]
+    return torch.cat(As), torch.cat(Bs, 1)
 
-@q5.mistake("sums of A and B", "you add the As and add the Bs. The product of two sums has cross terms, B1 A2 and B2 A1, in which each adapter's output meets the other's input; and with different ranks it does not even fit. Stack them.")
+@q5.mistake("sums of A and B",
+    "you add the As and add the Bs. The product of two sums has cross terms, B1 A2 and B2 A1, "
+    "in which each adapter's output meets the other's input; "
+    "and with different ranks it does not even fit. Stack them.")
 def _(adapters):
-    return sum(A for A, *_ in adapters), sum(B * (weight * alpha / len(A)) for A, B, alpha, weight in adapters)
+    return sum(A for A, *_ in adapters), sum(_scaled(*each) for each in adapters)
 
-@q5.mistake("weighted sums of A and B", "you add the As and the Bs, each weighted. The product of two sums has cross terms, B1 A2 and B2 A1, and every weight comes in squared. Stack them.")
+@q5.mistake("weighted sums of A and B",
+    "you add the As and the Bs, each weighted. "
+    "The product of two sums has cross terms, B1 A2 and B2 A1, "
+    "and every weight comes in squared. Stack them.")
 def _(adapters):
-    return sum(weight * A for A, _, _, weight in adapters), sum(B * (weight * alpha / len(A)) for A, B, alpha, weight in adapters)
+    sum_A = sum(weight * A for A, _, _, weight in adapters)
+    return sum_A, sum(_scaled(*each) for each in adapters)
 
-@q5.mistake("means of A and B", "you average the As and average the Bs. The product of two means is not the mean of the products: it has cross terms, and with different ranks it does not even fit. Stack them.")
+@q5.mistake("means of A and B",
+    "you average the As and average the Bs. "
+    "The product of two means is not the mean of the products: "
+    "it has cross terms, and with different ranks it does not even fit. Stack them.")
 def _(adapters):
-    return sum(A for A, *_ in adapters) / len(adapters), sum(B * (weight * alpha / len(A)) for A, B, alpha, weight in adapters) / len(adapters)
+    sum_A = sum(A for A, *_ in adapters)
+    sum_B = sum(_scaled(*each) for each in adapters)
+    return sum_A / len(adapters), sum_B / len(adapters)
 
-@q5.mistake("without the scale", "each adapter has a scaling, alpha / r; it is missing. The new one has the scaling 1, so it must go into B.")
-def _(adapters): return _cat(adapters, b=lambda B, alpha, weight, r, all: B * weight)
+@q5.mistake("without the scale",
+    "each adapter has a scaling, alpha / r; it is missing. "
+    "The new one has the scaling 1, so it must go into B.")
+def _(adapters): return _cat(adapters, b=lambda B, alpha, weight, r, ranks: B * weight)
 
 # %% ../../../exercises/solutions/07_lora.ipynb #4bc3a0b3
 @q5.mistake("without the weight", "the weights are not looked at: each adapter comes in whole.")
-def _(adapters): return _cat(adapters, b=lambda B, alpha, weight, r, all: B * (alpha / r))
+def _(adapters): return _cat(adapters, b=lambda B, alpha, weight, r, ranks: B * (alpha / r))
 
-@q5.mistake("no factors at all", "you stack them as they are. Each adapter's weight and its scaling, alpha / r, must go into B.")
-def _(adapters): return _cat(adapters, b=lambda B, alpha, weight, r, all: B)
+@q5.mistake("no factors at all",
+    "you stack them as they are. Each adapter's weight and its scaling, alpha / r, "
+    "must go into B.")
+def _(adapters): return _cat(adapters, b=lambda B, alpha, weight, r, ranks: B)
 
 @q5.mistake("alpha over r upside down", "your scaling is r / alpha; it is alpha / r.")
-def _(adapters): return _cat(adapters, b=lambda B, alpha, weight, r, all: B * (weight * r / alpha))
+def _(adapters):
+    return _cat(adapters, b=lambda B, alpha, weight, r, ranks: B * (weight * r / alpha))
 
 # %% ../../../exercises/solutions/07_lora.ipynb #6aec4c06
-@q5.mistake("the rank of all together", "you divide each alpha by the new rank. Each adapter was trained with the scaling by its *own* rank; stacked with others it must stay as strong as it was.")
+@q5.mistake("the rank of all together",
+    "you divide each alpha by the new rank. "
+    "Each adapter was trained with the scaling by its *own* rank; "
+    "stacked with others it must stay as strong as it was.")
 def _(adapters):
-    return _cat(adapters, b=lambda B, alpha, weight, r, all: B * (weight * alpha / all))
+    return _cat(adapters, b=lambda B, alpha, weight, r, ranks: B * (weight * alpha / ranks))
 
-@q5.mistake("by the root of r", "you divide alpha by the root of r. That is rsLoRA's scaling; here it is alpha / r.")
+@q5.mistake("by the root of r",
+    "you divide alpha by the root of r. That is rsLoRA's scaling; here it is alpha / r.")
 def _(adapters):
-    return _cat(adapters, b=lambda B, alpha, weight, r, all: B * (weight * alpha / math.sqrt(r)))
+    return _cat(adapters, b=lambda B, alpha, weight, r, ranks: B * (weight * alpha / math.sqrt(r)))
 
-@q5.mistake("r from the outputs", "your r is the number of outputs. B is (outputs, r): r is its second side, and the first one of A.")
+@q5.mistake("r from the outputs",
+    "your r is the number of outputs. B is (outputs, r): "
+    "r is its second side, and the first one of A.")
 def _(adapters):
-    return _cat(adapters, b=lambda B, alpha, weight, r, all: B * (weight * alpha / len(B)))
+    return _cat(adapters, b=lambda B, alpha, weight, r, ranks: B * (weight * alpha / len(B)))
 
-@q5.mistake("another order", "your ranks stand in another order. The product is the same; the task wants them in the order of the adapters.")
+@q5.mistake("another order",
+    "your ranks stand in another order. The product is the same; "
+    "the task wants them in the order of the adapters.")
 def _(adapters): return as_one(adapters[::-1])
 
-@q5.mistake("one scaling for all", "you take the first adapter's alpha and rank for all. Each has its own.")
+@q5.mistake("one scaling for all",
+    "you take the first adapter's alpha and rank for all. Each has its own.")
 def _(adapters):
-    return _cat(adapters, b=lambda B, alpha, weight, r, all: B * (weight * adapters[0][2] / len(adapters[0][0])))
+    A, _, first, _ = adapters[0]
+    return _cat(adapters, b=lambda B, alpha, weight, r, ranks: B * (weight * first / len(A)))
 
-@q5.mistake("the first alpha for all", "you take the first adapter's alpha for all. Each has its own.")
+@q5.mistake("the first alpha for all",
+    "you take the first adapter's alpha for all. Each has its own.")
 def _(adapters):
-    return _cat(adapters, b=lambda B, alpha, weight, r, all: B * (weight * adapters[0][2] / r))
+    first = adapters[0][2]
+    return _cat(adapters, b=lambda B, alpha, weight, r, ranks: B * (weight * first / r))
 
 # %% ../../../exercises/solutions/07_lora.ipynb #0197c196
-@q5.mistake("the factors twice", "the factors go into A and into B, so they count twice in the product.")
+@q5.mistake("the factors twice",
+    "the factors go into A and into B, so they count twice in the product.")
 def _(adapters):
     factor = [weight * alpha / len(A) for A, _, alpha, weight in adapters]
     return _cat([(A * f, B, alpha, weight) for f, (A, B, alpha, weight) in zip(factor, adapters)])
 
-@q5.mistake("the weight twice", "the weight goes into A and into B, so it counts twice in the product (and a negative one is lost).")
+@q5.mistake("the weight twice",
+    "the weight goes into A and into B, so it counts twice in "
+    "the product (and a negative one is lost).")
 def _(adapters): return _cat(adapters, a=lambda A, alpha, weight: weight * A)
 
-@q5.mistake("a root in each", "you put the root of each factor into A and into B. The product is right where weights are positive (PEFT does so in places), but a negative one has no root. All goes into B.")
+@q5.mistake("a root in each",
+    "you put the root of each factor into A and into B. "
+    "The product is right where weights are positive (PEFT does so in places), "
+    "but a negative one has no root. All goes into B.")
 def _(adapters):
-    root = [(weight * alpha / len(A)) ** 0.5 if weight >= 0 else math.nan for A, _, alpha, weight in adapters]
+    def root(A, alpha, weight):
+        return (weight * alpha / len(A)) ** 0.5 if weight >= 0 else math.nan
+    roots = [root(A, alpha, weight) for A, _, alpha, weight in adapters]
     A, B = _cat(adapters, b=lambda B, *_: B)
-    columns = A.new_tensor([s for s, (a, *_) in zip(root, adapters) for _ in range(len(a))])
+    columns = A.new_tensor([s for s, (a, *_) in zip(roots, adapters) for _ in range(len(a))])
     return A * columns[:, None], B * columns
 
 # %% ../../../exercises/solutions/07_lora.ipynb #b2fb814a
-@q5.mistake("the factors in A", "the factors are in A. The product is the same; the task puts them into B, so that there is one right answer.")
+@q5.mistake("the factors in A",
+    "the factors are in A. The product is the same; "
+    "the task puts them into B, so that there is one right answer.")
 def _(adapters):
     return _cat([(A * (weight * alpha / len(A)), B, len(A), 1) for A, B, alpha, weight in adapters])
 
-@q5.mistake("nothing for weight 0", "you leave an adapter with the weight 0 out. That is sensible, but the task keeps its ranks (B is zero there).")
+@q5.mistake("nothing for weight 0",
+    "you leave an adapter with the weight 0 out. "
+    "That is sensible, but the task keeps its ranks (B is zero there).")
 def _(adapters): return _cat([adapter for adapter in adapters if adapter[3]])
 
-@q5.mistake("a negative weight is made positive", "a negative weight takes an adapter away; yours adds it.")
+@q5.mistake("a negative weight is made positive",
+    "a negative weight takes an adapter away; yours adds it.")
 def _(adapters): return _cat([(A, B, alpha, abs(weight)) for A, B, alpha, weight in adapters])
 
-@q5.mistake("weights that add up to 1", "you divide the weights by their sum. They say how much of each is wanted, and need not add up to 1.")
+@q5.mistake("weights that add up to 1",
+    "you divide the weights by their sum. "
+    "They say how much of each is wanted, and need not add up to 1.")
 def _(adapters):
-    return _cat([(A, B, alpha, weight / sum(w for *_, w in adapters)) for A, B, alpha, weight in adapters])
+    total = sum(weight for *_, weight in adapters)
+    return _cat([(A, B, alpha, weight / total) for A, B, alpha, weight in adapters])
 
-@q5.mistake("the weights' share by number", "you divide by the number of adapters. Their sum is wanted, and not their mean.")
+@q5.mistake("the weights' share by number",
+    "you divide by the number of adapters. Their sum is wanted, and not their mean.")
 def _(adapters):
     return _cat([(A, B, alpha, weight / len(adapters)) for A, B, alpha, weight in adapters])
 
 # %% ../../../exercises/solutions/07_lora.ipynb #79860afe
-q6 = OpenQuestion("lora.learned_nothing", "It has learned nothing", stars=3, minutes=15, rubric=[
-    "The count does not fit the words: r=16 on q, k, v, o is 32 x 4 x 16 x 8,192 = 16,777,216. 4,194,304 is a quarter: r=8 on q and v, or one matrix a layer. So the settings are not what was thought; print the names of what has an adapter.",
-    "2e-5 is a rate for full fine-tuning; LoRA wants about ten times as much. With one epoch of 800 rows B has hardly left zero: look at the loss curve and at the size of B.",
-    "`strict=False` hides names that do not fit: perhaps nothing was loaded. Look at the missing and unexpected keys, and compare logits with the adapter on and off (word for word the base model's answers point here).",
-    "The two new tokens have untrained embeddings (and output rows), and LoRA on the attention does not touch them: the model cannot learn to say `<|im_end|>`, hence no end. Train these rows as well, or use a template of tokens that the model knows.",
-    "Merging: with its scaling, once, and then compare the logits with those before. Small changes are rounded away in bfloat16; keep the unmerged adapter."],
-    model="The printed count is the first thing I would look at: r=16 on four square matrices of 4,096 in 32 layers makes 16,777,216 trained parameters, so with 4,194,304 either the rank or the targets are not what you think; print the names of the modules that have an adapter. Answers that are word for word those of the base model suggest that the adapter is not there at all: `strict=False` swallows names that do not fit, so I would look at the missing and unexpected keys, "
-          "check that no B is all zeros, and compare logits with the adapter on and off, before merging and after. Merging must use alpha / r, once, and in bfloat16 it rounds small changes away. And small they will be, since 2e-5 is a rate for full fine-tuning and LoRA wants about ten times that; the loss curve will show it. "
-          "The loop without end has a cause of its own: the two new tokens have untrained embeddings, which LoRA on the attention never touches, so train those rows too. Only when all this is excluded would I say what LoRA can do.",
-    hints=["Work out the count. Which settings would give the number that was printed?", "Which of the things that they did could hide that no adapter is there? And what has to be learned so that an answer ends?"])
+q6 = OpenQuestion("lora.learned_nothing", "It has learned nothing",
+    stars=3, minutes=15,
+    rubric=[
+        ("The count does not fit the words: r=16 on q, k, v, "
+         "o is 32 x 4 x 16 x 8,192 = 16,777,216. "
+         "4,194,304 is a quarter: r=8 on q and v, or one matrix a layer. "
+         "So the settings are not what was thought; print the names of what has an adapter."),
+        ("2e-5 is a rate for full fine-tuning; LoRA wants about ten times as much. "
+         "With one epoch of 800 rows B has hardly left zero: "
+         "look at the loss curve and at the size of B."),
+        ("`strict=False` hides names that do not fit: perhaps nothing was loaded. "
+         "Look at the missing and unexpected keys, and compare logits with the adapter on and "
+         "off (word for word the base model's answers point here)."),
+        ("The two new tokens have untrained embeddings (and output rows), "
+         "and LoRA on the attention does not touch them: "
+         "the model cannot learn to say `<|im_end|>`, hence no end. "
+         "Train these rows as well, or use a template of tokens that the model knows."),
+        ("Merging: with its scaling, once, and then compare the logits with those before. "
+         "Small changes are rounded away in bfloat16; keep the unmerged adapter.")],
+    model=(
+        "The printed count is the first thing I would look at: "
+        "r=16 on four square matrices of 4,096 in 32 layers makes 16,777,216 trained parameters, "
+        "so with 4,194,304 either the rank or the targets are not what you think; "
+        "print the names of the modules that have an adapter. "
+        "Answers that are word for word those of the base model suggest that the adapter is not "
+        "there at all: `strict=False` swallows names that do not fit, "
+        "so I would look at the missing and unexpected keys, check that no B is all zeros, "
+        "and compare logits with the adapter on and off, before merging and after. "
+        "Merging must use alpha / r, once, and in bfloat16 it rounds small changes away. "
+        "And small they will be, since 2e-5 is a rate for full fine-tuning and LoRA wants about "
+        "ten times that; the loss curve will show it. "
+        "The loop without end has a cause of its own: "
+        "the two new tokens have untrained embeddings, which LoRA on the attention never touches, "
+        "so train those rows too. Only when all this is excluded would I say what LoRA can do."),
+    hints=[
+        "Work out the count. Which settings would give the number that was printed?",
+        ("Which of the things that they did could hide that no adapter is there? "
+         "And what has to be learned so that an answer ends?")])

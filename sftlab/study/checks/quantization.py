@@ -6,8 +6,9 @@
 __all__ = ['LESSON', 'q1', 'q2', 'q3', 'q4', 'q5', 'q6']
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #0f89eaf2
-import math
-from statistics import NormalDist
+import math  # noqa: F811
+from statistics import NormalDist  # noqa: F811
+
 from ..exercises import OpenQuestion, Question
 
 LESSON = "08 QLoRA"
@@ -28,50 +29,81 @@ def pack(codes):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #0c0c507f
-q1 = Question("quantization.pack", "Two in a byte", pack, example=lambda: (_tensor([[1, 15, 8], [0, 3, 9]]),), stars=1, minutes=8, hints=[
-    "`flatten()` first: a pair may reach from one row into the next.",
-    "`codes[::2]` are the first of each pair, `codes[1::2]` the second. Four bits up is times 16, or `<< 4`.",
-    "For an odd number append a 7 before you cut into pairs."])
+q1 = Question("quantization.pack", "Two in a byte", pack,
+    stars=1, minutes=8,
+    example=lambda: (_tensor([[1, 15, 8], [0, 3, 9]]),),
+    hints=[
+        "`flatten()` first: a pair may reach from one row into the next.",
+        ("`codes[::2]` are the first of each pair, `codes[1::2]` the second. "
+         "Four bits up is times 16, or `<< 4`."),
+        "For an odd number append a 7 before you cut into pairs."])
 
 @q1.inputs
 def _(rng):
     def some(*shape, dtype="int64"):
-        return (_tensor([rng.randrange(16) for _ in range(math.prod(shape))], dtype).reshape(shape),)
-    return [(_tensor([5, 12]),), (_tensor([9]),), some(3), some(4, dtype="uint8"), some(5, dtype="uint8"), some(2, 3), some(3, 3), some(3, 5, dtype="int32"), some(2, 2, 3, dtype="uint8"), (_tensor([15, 15, 15, 0, 0, 15]),), (_tensor([0, 0, 0]),), (_tensor([], "int64"),), some(1, 7, dtype="int8"), some(rng.randint(4, 6), 3)]
+        codes = [rng.randrange(16) for _ in range(math.prod(shape))]
+        return (_tensor(codes, dtype).reshape(shape),)
+    return [
+        (_tensor([5, 12]),), (_tensor([9]),),
+        some(3), some(4, dtype="uint8"), some(5, dtype="uint8"),
+        some(2, 3), some(3, 3), some(3, 5, dtype="int32"), some(2, 2, 3, dtype="uint8"),
+        (_tensor([15, 15, 15, 0, 0, 15]),), (_tensor([0, 0, 0]),), (_tensor([], "int64"),),
+        some(1, 7, dtype="int8"), some(rng.randint(4, 6), 3)]
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #480513c3
-def _pairs(codes, first=lambda a, b: a * 16 + b, left=7, front=False):
+def _pairs(
+    codes,
+    byte=lambda a, b: a * 16 + b, # of two codes
+    left=7, # what fills up an odd number,
+    front=False, # at the front or at the end
+):
     import torch
     codes = codes.flatten().to(torch.int64)
     if len(codes) % 2:
-        codes = torch.cat([codes.new_tensor([left]), codes] if front else [codes, codes.new_tensor([left])])
-    return first(codes[::2], codes[1::2]).to(torch.uint8)
+        odd = codes.new_tensor([left])
+        codes = torch.cat([odd, codes] if front else [codes, odd])
+    return byte(codes[::2], codes[1::2]).to(torch.uint8)
 
-@q1.mistake("low half first", "you put the first code of a pair into the lower four bits. bitsandbytes puts it into the upper ones; read with the wrong order, all pairs are swapped.")
+@q1.mistake("low half first",
+    "you put the first code of a pair into the lower four bits. "
+    "bitsandbytes puts it into the upper ones; "
+    "read with the wrong order, all pairs are swapped.")
 def _(codes): return _pairs(codes, lambda a, b: b * 16 + a)
 
-@q1.mistake("low half first, but for the last", "you put the first code of a pair into the lower four bits; only the odd one at the end is where it should be. The first belongs into the upper four bits.")
+@q1.mistake("low half first, but for the last",
+    "you put the first code of a pair into the lower four bits; "
+    "only the odd one at the end is where it should be. "
+    "The first belongs into the upper four bits.")
 def _(codes):
-    pairs, odd = codes.flatten()[:codes.numel() // 2 * 2], codes.flatten()[codes.numel() // 2 * 2:]
-    return _tensor(_pairs(pairs, lambda a, b: b * 16 + a).tolist() + _pairs(odd).tolist(), "uint8")
+    flat, end = codes.flatten(), codes.numel() // 2 * 2
+    pairs, odd = _pairs(flat[:end], lambda a, b: b * 16 + a), _pairs(flat[end:])
+    return _tensor(pairs.tolist() + odd.tolist(), "uint8")
 
-@q1.mistake("a 0 is left over", "where the number is odd, the unused half holds 0 in yours. 0 is the code of -1; bitsandbytes writes 7, the code of 0.")
+@q1.mistake("a 0 is left over",
+    "where the number is odd, the unused half holds 0 in yours. "
+    "0 is the code of -1; bitsandbytes writes 7, the code of 0.")
 def _(codes): return _pairs(codes, left=0)
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #57b1cdf2
-@q1.mistake("the last code is lost", "where the number of codes is odd the last one is missing.")
+@q1.mistake("the last code is lost",
+    "where the number of codes is odd the last one is missing.")
 def _(codes): return _pairs(codes.flatten()[:codes.numel() // 2 * 2])
 
-@q1.mistake("filled at the front", "where the number is odd you fill up at the front, so every pair shifts by one. The half that is left over is at the end.")
+@q1.mistake("filled at the front",
+    "where the number is odd you fill up at the front, so every pair shifts by one. "
+    "The half that is left over is at the end.")
 def _(codes): return _pairs(codes, front=True)
 
-@q1.mistake("one a byte", "each code has a byte of its own in yours; that saves nothing over 8 bits.")
+@q1.mistake("one a byte",
+    "each code has a byte of its own in yours; that saves nothing over 8 bits.")
 def _(codes):
     import torch
     return codes.flatten().to(torch.uint8)
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #597894d3
-@q1.mistake("the first half with the second", "you pair the first half of the codes with the second half. Some formats do so; here neighbours share a byte.")
+@q1.mistake("the first half with the second",
+    "you pair the first half of the codes with the second half. "
+    "Some formats do so; here neighbours share a byte.")
 def _(codes):
     import torch
     flat = codes.flatten().to(torch.int64)
@@ -79,23 +111,29 @@ def _(codes):
         flat = torch.cat([flat, flat.new_tensor([7])])
     return (flat[:len(flat) // 2] * 16 + flat[len(flat) // 2:]).to(torch.uint8)
 
-@q1.mistake("each row by itself", "you pack each row by itself, so a row of odd length leaves a half unused. The codes are one long row; a pair may reach into the next.")
+@q1.mistake("each row by itself",
+    "you pack each row by itself, so a row of odd length leaves a half unused. "
+    "The codes are one long row; a pair may reach into the next.")
 def _(codes):
     import torch
     rows = codes.reshape(-1, codes.shape[-1]) if codes.numel() else codes.reshape(1, -1)
     return torch.cat([_pairs(row) for row in rows])
 
-@q1.mistake("shifted too little", "you shift by other than four bits (times 16); the two codes run into each other.")
+@q1.mistake("shifted too little",
+    "you shift by other than four bits (times 16); the two codes run into each other.")
 def _(codes): return _pairs(codes, lambda a, b: a * 8 + b)
 
-@q1.mistake("times ten", "you write the two codes one after the other as in decimal. In a byte the upper half counts 16.")
+@q1.mistake("times ten",
+    "you write the two codes one after the other as in decimal. "
+    "In a byte the upper half counts 16.")
 def _(codes): return _pairs(codes, lambda a, b: a * 10 + b)
 
-@q1.mistake("times fifteen", "the upper half counts 16: four bits have 16 values, and 15 is the largest of them.")
+@q1.mistake("times fifteen",
+    "the upper half counts 16: four bits have 16 values, and 15 is the largest of them.")
 def _(codes): return _pairs(codes, lambda a, b: a * 15 + b)
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #b8bcac36
-def weighed(shapes, block, double):
+def weighed(shapes, blocksize, double_quant):
     "Bytes in four bits, bytes of the rest, bits a parameter of all."
     # BEGIN SOLUTION
     small = rest = numbers = 0
@@ -104,238 +142,377 @@ def weighed(shapes, block, double):
         numbers += n
         if len(shape) != 2 or name.split(".")[-1] in ("embed_tokens", "lm_head"):
             rest += 2 * n
-        else:
-            blocks = math.ceil(n / block)
-            small += math.ceil(n / 2) + (blocks + 4 * math.ceil(blocks / 256) + 4 if double else 4 * blocks)
+            continue
+        blocks = math.ceil(n / blocksize)
+        constants = blocks + 4 * math.ceil(blocks / 256) + 4 if double_quant else 4 * blocks
+        small += math.ceil(n / 2) + constants
     return small, rest, 8 * (small + rest) / numbers
     # END SOLUTION
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #db29aa5e
-q2 = Question("quantization.weighed", "What it weighs", weighed, example=lambda: ({"embed_tokens": (10, 8), "layers.0.q_proj": (8, 8), "layers.0.norm": (8,)}, 16, False), stars=2, minutes=15, hints=[
-    "For one weight: how many codes, bytes of codes, blocks? `math.ceil` for each.",
-    "Without `double`, 4 bytes a block. With it, 1 byte a block, 4 bytes for each 256 blocks or part of them, and 4 for the offset.",
-    "Bits a parameter: 8 times all bytes, those of embeddings and norms too, divided by all parameters."])
+q2 = Question("quantization.weighed", "What it weighs", weighed,
+    stars=2, minutes=15,
+    example=lambda: (
+        {"embed_tokens": (10, 8), "layers.0.q_proj": (8, 8), "layers.0.norm": (8,)}, 16, False),
+    hints=[
+        "For one weight: how many codes, bytes of codes, blocks? `math.ceil` for each.",
+        ("Without `double_quant`, 4 bytes a block. "
+         "With it, 1 byte a block, 4 bytes for each 256 blocks or part of them, "
+         "and 4 for the offset."),
+        ("Bits a parameter: 8 times all bytes, those of embeddings and norms too, "
+         "divided by all parameters.")])
 
 @q2.inputs
 def _(rng):
     def model(layers, width, inner, vocab, head=True):
-        return {"model.embed_tokens": (vocab, width)} | {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in dict(q_proj=(width, width), down_proj=(width, inner), norm=(width,)).items()} | ({"lm_head": (vocab, width)} if head else {})
-    return [({"q_proj": (16, 16)}, 64, False), ({"q_proj": (16, 16)}, 64, True), ({"norm": (7,)}, 64, True), ({"o_proj": (5, 5)}, 8, False), ({"o_proj": (3, 7), "v_proj": (3, 3)}, 4, True), ({"embed_tokens": (10, 4), "k_proj": (4, 4)}, 16, False), ({"lm_head": (12, 4), "k_proj": (2, 4)}, 16, True),
-            ({"up_proj": (64, 70)}, 16, True), ({"a.q_proj": (10, 10), "b.q_proj": (10, 10)}, 64, False), ({"conv": (4, 4, 3), "norm": (5,), "q_proj": (4, 4)}, 8, False), ({"layers.0.embed_tokens_proj": (8, 8), "lm_head.adapter": (4, 8)}, 16, True), (model(2, 20, 36, 50), 64, False), (model(2, 20, rng.randint(30, 50), 60), 32, True), (model(3, 12, rng.randint(20, 40), rng.randint(50, 90), False), rng.choice([16, 32]), rng.random() < 0.5)]
+        shapes = {"model.embed_tokens": (vocab, width)}
+        for i in range(layers):
+            shapes[f"model.layers.{i}.q_proj"] = (width, width)
+            shapes[f"model.layers.{i}.down_proj"] = (width, inner)
+            shapes[f"model.layers.{i}.norm"] = (width,)
+        return shapes | ({"lm_head": (vocab, width)} if head else {})
+    return [
+        ({"q_proj": (16, 16)}, 64, False),
+        ({"q_proj": (16, 16)}, 64, True),
+        ({"norm": (7,)}, 64, True),
+        ({"o_proj": (5, 5)}, 8, False),
+        ({"o_proj": (3, 7), "v_proj": (3, 3)}, 4, True),
+        ({"embed_tokens": (10, 4), "k_proj": (4, 4)}, 16, False),
+        ({"lm_head": (12, 4), "k_proj": (2, 4)}, 16, True),
+        ({"up_proj": (64, 70)}, 16, True),
+        ({"a.q_proj": (10, 10), "b.q_proj": (10, 10)}, 64, False),
+        ({"conv": (4, 4, 3), "norm": (5,), "q_proj": (4, 4)}, 8, False),
+        ({"layers.0.embed_tokens_proj": (8, 8), "lm_head.adapter": (4, 8)}, 16, True),
+        (model(2, 20, 36, 50), 64, False),
+        (model(2, 20, rng.randint(30, 50), 60), 32, True),
+        (model(3, 12, rng.randint(20, 40), rng.randint(50, 90), False),
+            rng.choice([16, 32]), rng.random() < 0.5)]
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #116fd094
 _KEPT = ("embed_tokens", "lm_head")
 
-def _weighed(shapes, block, double, kept=lambda name, shape: len(shape) != 2 or name.split(".")[-1] in _KEPT, codes=lambda n: math.ceil(n / 2), blocks=lambda shape, block: math.ceil(math.prod(shape) / block), single=lambda b: 4 * b,
-             twice=lambda b: b + 4 * math.ceil(b / 256) + 4, rest=2, bits=lambda small, others, n, m: 8 * (small + others) / (n + m)):
-    inside, outside = [s for name, s in shapes.items() if not kept(name, s)], [math.prod(s) for name, s in shapes.items() if kept(name, s)]
-    small = sum(codes(math.prod(s)) + (twice if double else single)(blocks(s, block)) for s in inside)
-    return small, rest * sum(outside), bits(small, rest * sum(outside), sum(map(math.prod, inside)), sum(outside))
+def _end_of(name): return name.split(".")[-1]
 
-@q2.mistake("embeddings in four bits", "you count embeddings as quantised. They are looked up and not multiplied, and stay in 16 bits, the output layer too; in a small model they are most of what is left.")
+def _weighed(
+    shapes, blocksize, double_quant,
+    kept=lambda name, shape: len(shape) != 2 or _end_of(name) in _KEPT, # in 16 bits
+    codes=lambda n: math.ceil(n / 2), # bytes of n codes
+    blocks=lambda shape, blocksize: math.ceil(math.prod(shape) / blocksize),
+    single=lambda b: 4 * b, # bytes of b absmax
+    twice=lambda b: b + 4 * math.ceil(b / 256) + 4, # the same with double_quant
+    rest=2, # bytes of a number that is kept
+    bits=lambda small, others, n, m: 8 * (small + others) / (n + m),
+):
+    inside = [s for name, s in shapes.items() if not kept(name, s)]
+    outside = [s for name, s in shapes.items() if kept(name, s)]
+    n, m = (sum(map(math.prod, some)) for some in (inside, outside))
+    constants = twice if double_quant else single
+    small = sum(codes(math.prod(s)) + constants(blocks(s, blocksize)) for s in inside)
+    return small, rest * m, bits(small, rest * m, n, m)
+
+@q2.mistake("embeddings in four bits",
+    "you count embeddings as quantised. They are looked up and not multiplied, "
+    "and stay in 16 bits, the output layer too; "
+    "in a small model they are most of what is left.")
 def _(*args): return _weighed(*args, kept=lambda name, shape: len(shape) != 2)
 
-@q2.mistake("the output layer in four bits", "you count `lm_head` as quantised. It stays in 16 bits, like the embeddings.")
+@q2.mistake("the output layer in four bits",
+    "you count `lm_head` as quantised. It stays in 16 bits, like the embeddings.")
 def _(*args):
-    return _weighed(*args, kept=lambda name, shape: len(shape) != 2 or name.split(".")[-1] == "embed_tokens")
+    def kept(name, shape): return len(shape) != 2 or _end_of(name) == "embed_tokens"
+    return _weighed(*args, kept=kept)
 
-@q2.mistake("the input embedding in four bits", "you count `embed_tokens` as quantised. It stays in 16 bits, like the output layer.")
+@q2.mistake("the input embedding in four bits",
+    "you count `embed_tokens` as quantised. It stays in 16 bits, like the output layer.")
 def _(*args):
-    return _weighed(*args, kept=lambda name, shape: len(shape) != 2 or name.split(".")[-1] == "lm_head")
+    def kept(name, shape): return len(shape) != 2 or _end_of(name) == "lm_head"
+    return _weighed(*args, kept=kept)
 
-@q2.mistake("all in four bits", "you count everything as quantised, norms and embeddings as well.")
+@q2.mistake("all in four bits",
+    "you count everything as quantised, norms and embeddings as well.")
 def _(*args): return _weighed(*args, kept=lambda name, shape: False)
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #94ef871a
-@q2.mistake("norms in four bits", "you count norms (or others that have not two sides) as quantised. Only weights with two sides are.")
-def _(*args): return _weighed(*args, kept=lambda name, shape: name.split(".")[-1] in _KEPT)
+@q2.mistake("norms in four bits",
+    "you count norms (or others that have not two sides) as quantised. "
+    "Only weights with two sides are.")
+def _(*args): return _weighed(*args, kept=lambda name, shape: _end_of(name) in _KEPT)
 
-@q2.mistake("more than two sides", "you quantise weights with more than two sides as well (a convolution's, here). Only those with just two are.")
+@q2.mistake("more than two sides",
+    "you quantise weights with more than two sides as well (a convolution's, here). "
+    "Only those with just two are.")
 def _(*args):
-    return _weighed(*args, kept=lambda name, shape: len(shape) < 2 or name.split(".")[-1] in _KEPT)
+    return _weighed(*args, kept=lambda name, shape: len(shape) < 2 or _end_of(name) in _KEPT)
 
-@q2.mistake("the output layer is not counted", "you leave `lm_head` out, as if it were tied to the embedding. It stands among the shapes, so it is there.")
+@q2.mistake("the output layer is not counted",
+    "you leave `lm_head` out, as if it were tied to the embedding. "
+    "It stands among the shapes, so it is there.")
 def _(shapes, *rest):
-    return _weighed({name: s for name, s in shapes.items() if name.split(".")[-1] != "lm_head"} or {"": (0, 0)}, *rest, bits=lambda small, others, n, m: 8 * (small + others) / max(n + m, 1))
+    shapes = {name: s for name, s in shapes.items() if _end_of(name) != "lm_head"}
+    def bits(small, others, n, m): return 8 * (small + others) / max(n + m, 1)
+    return _weighed(shapes or {"": (0, 0)}, *rest, bits=bits)
 
-@q2.mistake("any part of a name", "you look for `embed_tokens` and `lm_head` anywhere in a name; only the last part of it counts.")
+@q2.mistake("any part of a name",
+    "you look for `embed_tokens` and `lm_head` anywhere in a name; "
+    "only the last part of it counts.")
 def _(*args):
-    return _weighed(*args, kept=lambda name, shape: len(shape) != 2 or any(end in name for end in _KEPT))
+    def kept(name, shape): return len(shape) != 2 or any(end in name for end in _KEPT)
+    return _weighed(*args, kept=kept)
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #ed7e9783
-@q2.mistake("whole names", "you compare whole names; in a model they begin with `model.` and more. Only the last part counts.")
+@q2.mistake("whole names",
+    "you compare whole names; in a model they begin with `model.` and more. "
+    "Only the last part counts.")
 def _(*args): return _weighed(*args, kept=lambda name, shape: len(shape) != 2 or name in _KEPT)
 
-@q2.mistake("constants are forgotten", "you count the codes and forget the absmax of each block: four bits are 4.5 with blocks of 64.")
+@q2.mistake("constants are forgotten",
+    "you count the codes and forget the absmax of each block: "
+    "four bits are 4.5 with blocks of 64.")
 def _(*args): return _weighed(*args, single=lambda b: 0, twice=lambda b: 0)
 
 @q2.mistake("the absmax in 16 bits", "your absmax has two bytes; it is a float32.")
 def _(*args): return _weighed(*args, single=lambda b: 2 * b)
 
-@q2.mistake("double is not looked at", "with `double` the absmax are themselves stored in 8 bits; you count 4 bytes each.")
-def _(shapes, block, double): return weighed(shapes, block, False)
+@q2.mistake("double is not looked at",
+    "with `double_quant` the absmax are themselves stored in 8 bits; you count 4 bytes each.")
+def _(shapes, blocksize, double_quant): return weighed(shapes, blocksize, False)
 
-@q2.mistake("double without its scales", "with `double` you count a byte for each absmax, and forget the float32 for each 256 of them: codes cannot be read without a scale.")
+@q2.mistake("double without its scales",
+    "with `double_quant` you count a byte for each absmax, "
+    "and forget the float32 for each 256 of them: codes cannot be read without a scale.")
 def _(*args): return _weighed(*args, twice=lambda b: b + 4)
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #5b13b6ed
-@q2.mistake("double without its offset", "with `double` you forget the offset: the mean that was taken off before the absmax were stored, one float32 for each weight.")
+@q2.mistake("double without its offset",
+    "with `double_quant` you forget the offset: "
+    "the mean that was taken off before the absmax were stored, one float32 for each weight.")
 def _(*args): return _weighed(*args, twice=lambda b: b + 4 * math.ceil(b / 256))
 
-@q2.mistake("double is one byte and no more", "with `double` you count a byte for each absmax and nothing else. There are a float32 for each 256 of them and the offset as well.")
+@q2.mistake("double is one byte and no more",
+    "with `double_quant` you count a byte for each absmax and nothing else. "
+    "There are a float32 for each 256 of them and the offset as well.")
 def _(*args): return _weighed(*args, twice=lambda b: b)
 
-@q2.mistake("double comes on top", "with `double` you keep the float32 absmax and add the codes to it. The codes take their place.")
+@q2.mistake("double comes on top",
+    "with `double_quant` you keep the float32 absmax and add the codes to it. "
+    "The codes take their place.")
 def _(*args): return _weighed(*args, twice=lambda b: 5 * b + 4 * math.ceil(b / 256) + 4)
 
-@q2.mistake("an offset for each group", "you count an offset for each 256 absmax. There is one for the weight.")
+@q2.mistake("an offset for each group",
+    "you count an offset for each 256 absmax. There is one for the weight.")
 def _(*args): return _weighed(*args, twice=lambda b: b + 8 * math.ceil(b / 256))
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #99ec632e
-@q2.mistake("blocks rounded down", "a short block at the end has an absmax too: round the number of blocks up.")
-def _(*args): return _weighed(*args, blocks=lambda shape, block: math.prod(shape) // block)
+@q2.mistake("blocks rounded down",
+    "a short block at the end has an absmax too: round the number of blocks up.")
+def _(*args): return _weighed(*args, blocks=lambda shape, blocksize: math.prod(shape) // blocksize)
 
 @q2.mistake("a part of a block", "you count parts of blocks. A short one has a whole absmax.")
-def _(shapes, block, double):
-    return _weighed(shapes, block, double, blocks=lambda shape, block: math.prod(shape) / block, codes=lambda n: n / 2, twice=lambda b: b + 4 * b / 256 + 4)
+def _(shapes, blocksize, double_quant):
+    return _weighed(shapes, blocksize, double_quant, codes=lambda n: n / 2,
+        blocks=lambda shape, blocksize: math.prod(shape) / blocksize,
+        twice=lambda b: b + 4 * b / 256 + 4)
 
-@q2.mistake("blocks by rows", "you begin new blocks in each row. Blocks run on through the whole weight.")
+@q2.mistake("blocks by rows",
+    "you begin new blocks in each row. Blocks run on through the whole weight.")
 def _(*args):
-    return _weighed(*args, blocks=lambda shape, block: math.prod(shape[:-1]) * math.ceil(shape[-1] / block))
+    def blocks(shape, blocksize): return math.prod(shape[:-1]) * math.ceil(shape[-1] / blocksize)
+    return _weighed(*args, blocks=blocks)
 
-@q2.mistake("half a byte is lost", "where the number of codes is odd, the last one needs a byte too: round up.")
+@q2.mistake("half a byte is lost",
+    "where the number of codes is odd, the last one needs a byte too: round up.")
 def _(*args): return _weighed(*args, codes=lambda n: n // 2)
 
 @q2.mistake("a byte a code", "you count a byte for each code; two share one.")
 def _(*args): return _weighed(*args, codes=lambda n: n)
 
-@q2.mistake("the rest in float32", "you count 4 bytes for what is not quantised; in bfloat16 it is 2.")
+@q2.mistake("the rest in float32",
+    "you count 4 bytes for what is not quantised; in bfloat16 it is 2.")
 def _(*args): return _weighed(*args, rest=4)
 
-@q2.mistake("bits of the four-bit part", "your bits a parameter are those of the quantised weights alone. That is the figure people quote; the model has embeddings and norms as well.")
+@q2.mistake("bits of the four-bit part",
+    "your bits a parameter are those of the quantised weights alone. "
+    "That is the figure people quote; the model has embeddings and norms as well.")
 def _(*args): return _weighed(*args, bits=lambda small, others, n, m: 8 * small / n if n else 0.0)
 
-@q2.mistake("bytes a parameter", "you give bytes a parameter; a byte has 8 bits.")
+@q2.mistake("bytes a parameter", "you return bytes a parameter; a byte has 8 bits.")
 def _(*args): return _weighed(*args, bits=lambda small, others, n, m: (small + others) / (n + m))
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #709e94bc
-def to_int8(weight, block):
+def to_int8(weight, blocksize):
     "Codes from -127 to 127, and the absmax of each block."
     # BEGIN SOLUTION
     import torch
     flat = weight.flatten()
-    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % blocksize)).view(-1, blocksize)
     absmax = blocks.abs().amax(1)
-    codes = (127 * blocks / absmax.where(absmax > 0, torch.ones(()))[:, None]).round()
+    divisor = absmax.where(absmax > 0, torch.ones(()))
+    codes = (127 * blocks / divisor[:, None]).round()
     return codes.flatten()[:len(flat)].view(weight.shape).to(torch.int8), absmax
     # END SOLUTION
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #20784aaa
-def _weights(rng, *shape, size=1.0): # no quotient near the middle between two codes, whichever block it is in
+def _weights(rng, *shape, size=1.0):
     values = []
     while len(values) < math.prod(shape):
         values.append(round(size * rng.gauss(0, 1), 4))
     return _tensor(values).reshape(shape)
 
-def _clear(weight, block): # is every quotient clear of the middle between two codes?
-    return all(abs(abs(127 * v / top) % 1 - 0.5) > 1e-3 for part in weight.flatten().split(block) if (top := part.abs().max().item()) for v in part.tolist())
+def _clear(weight, blocksize): # is every quotient clear of the middle between two codes?
+    for part in weight.flatten().split(blocksize):
+        top = part.abs().max().item()
+        if top and any(abs(abs(127 * v / top) % 1 - 0.5) <= 1e-3 for v in part.tolist()):
+            return False
+    return True
 
-q3 = Question("quantization.blocks", "One bad neighbour", to_int8, example=lambda: (_tensor([[0.6, -1.0, 0.25], [8.0, 0.0, 2.0]]), 3), stars=2, minutes=15, hints=[
-    "Fill the flat weights up with zeros to whole blocks (a zero changes no absmax), `view(-1, block)`, and take them off again at the end.",
-    "`blocks.abs().amax(1)` is one absmax a block. Divide by it as a column, `[:, None]`.",
-    "0 / 0 is NaN: divide by 1 where the absmax is 0. Round before you go to int8, which cuts off."])
+q3 = Question("quantization.blocks", "One bad neighbour", to_int8,
+    stars=2, minutes=15,
+    example=lambda: (_tensor([[0.6, -1.0, 0.25], [8.0, 0.0, 2.0]]), 3),
+    hints=[
+        ("Fill the flat weights up with zeros to whole blocks (a zero changes no absmax), "
+         "`view(-1, blocksize)`, and take them off again at the end."),
+        "`blocks.abs().amax(1)` is one absmax a block. Divide by it as a column, `[:, None]`.",
+        ("0 / 0 is NaN: divide by 1 where the absmax is 0. "
+         "Round before you go to int8, which cuts off.")])
 
 @q3.inputs
 def _(rng):
-    def one(shape, block, change=None):
+    def one(shape, blocksize, change=None):
         while True:
             weight = _weights(rng, *shape)
             if change:
                 change(weight.view(-1))
-            if _clear(weight, block):
-                return weight, block
+            if _clear(weight, blocksize):
+                return weight, blocksize
     def outlier(flat): flat[1] = 60.0
     def negative(flat): flat[2] = -9.0
     def zeros(flat): flat[:4] = 0.0
-    return [one((4,), 4), one((2, 4), 4), one((2, 3), 2), one((3, 4), 6), one((2, 5), 4), one((7,), 4), one((3, 3), 16), one((2, 6), 4, outlier), one((3, 4), 4, negative), one((2, 4), 4, zeros), one((4,), 4, zeros), one((2, 2, 3), 4), one((rng.randint(2, 4), 5), 3)]
+    return [
+        one((4,), 4), one((2, 4), 4), one((2, 3), 2), one((3, 4), 6), one((2, 5), 4),
+        one((7,), 4), one((3, 3), 16), one((2, 6), 4, outlier), one((3, 4), 4, negative),
+        one((2, 4), 4, zeros), one((4,), 4, zeros), one((2, 2, 3), 4),
+        one((rng.randint(2, 4), 5), 3)]
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #ac9a6c81
-def _parts(weight, block): return weight.flatten().split(block)
+def _parts(weight, blocksize): return weight.flatten().split(blocksize)
 
-def _int8(weight, block, top=lambda part, weight: part.abs().max(), code=lambda part, top: (127 * part / top if top else 0 * part).round(), told=lambda tops: tops, dtype="int8"):
+def _steps(part, top, steps=127): return steps * part / top if top else 0 * part
+
+def _int8(
+    weight, blocksize,
+    top=lambda part, weight: part.abs().max(), # of a block
+    code=lambda part, top: _steps(part, top).round(),
+    told=lambda tops: tops, # what is returned of them
+    dtype="int8",
+):
     import torch
-    tops = [top(part, weight) for part in _parts(weight, block)]
-    codes = torch.cat([code(part, t) for part, t in zip(_parts(weight, block), tops)]).view(weight.shape)
+    parts = _parts(weight, blocksize)
+    tops = [top(part, weight) for part in parts]
+    codes = torch.cat([code(part, t) for part, t in zip(parts, tops)]).view(weight.shape)
     return codes.to(getattr(torch, dtype)), told(torch.stack(tops))
 
-@q3.mistake("one absmax for all", "you take one absmax for the whole weight. One large number then makes the steps wide for all, and most codes become 0 or nearly so. Each block has its own.")
-def _(weight, block): return _int8(weight, weight.numel())
+@q3.mistake("one absmax for all",
+    "you take one absmax for the whole weight. "
+    "One large number then makes the steps wide for all, "
+    "and most codes become 0 or nearly so. Each block has its own.")
+def _(weight, blocksize): return _int8(weight, weight.numel())
 
-@q3.mistake("one absmax for all, once a block", "you take the absmax of the whole weight in every block. Each block has its own, so that one large number spoils only its neighbours.")
-def _(weight, block): return _int8(weight, block, top=lambda part, weight: weight.abs().max())
+@q3.mistake("one absmax for all, once a block",
+    "you take the absmax of the whole weight in every block. "
+    "Each block has its own, so that one large number spoils only its neighbours.")
+def _(weight, blocksize):
+    return _int8(weight, blocksize, top=lambda part, weight: weight.abs().max())
 
-@q3.mistake("one absmax a row", "you take an absmax for each row. Blocks of `block` weights run through the whole weight, however long its rows are.")
-def _(weight, block): return _int8(weight, weight.shape[-1])
+@q3.mistake("one absmax a row",
+    "you take an absmax for each row. Blocks of `blocksize` weights run through the whole weight, "
+    "however long its rows are.")
+def _(weight, blocksize): return _int8(weight, weight.shape[-1])
 
-@q3.mistake("blocks end with their row", "you begin a new block with each row. Blocks run on: one may reach from one row into the next.")
-def _(weight, block):
+@q3.mistake("blocks end with their row",
+    "you begin a new block with each row. "
+    "Blocks run on: one may reach from one row into the next.")
+def _(weight, blocksize):
     import torch
-    pairs = [_int8(row, block) for row in weight.reshape(-1, weight.shape[-1])]
-    return torch.cat([codes for codes, _ in pairs]).view(weight.shape), torch.cat([tops for _, tops in pairs])
+    pairs = [_int8(row, blocksize) for row in weight.reshape(-1, weight.shape[-1])]
+    codes = torch.cat([codes for codes, _ in pairs]).view(weight.shape)
+    return codes, torch.cat([tops for _, tops in pairs])
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #da8427c5
-@q3.mistake("the largest, not the largest absolute", "you take the largest value; where the largest absolute one is negative, codes go beyond 127 and wrap around. Absolute values first.")
-def _(weight, block): return _int8(weight, block, top=lambda part, weight: part.max())
+@q3.mistake("the largest, not the largest absolute",
+    "you take the largest value; where the largest absolute one is negative, "
+    "codes go beyond 127 and wrap around. Absolute values first.")
+def _(weight, blocksize): return _int8(weight, blocksize, top=lambda part, weight: part.max())
 
-@q3.mistake("cut off instead of rounded", "you cut off what is behind the point (`to(int8)` does) instead of rounding: every weight moves towards zero.")
-def _(weight, block):
-    return _int8(weight, block, code=lambda part, top: (127 * part / top if top else 0 * part).trunc())
+@q3.mistake("cut off instead of rounded",
+    "you cut off what is behind the point (`to(int8)` does) instead of rounding: "
+    "every weight moves towards zero.")
+def _(weight, blocksize):
+    return _int8(weight, blocksize, code=lambda part, top: _steps(part, top).trunc())
 
 @q3.mistake("rounded down", "you round down (`floor`); round to the nearest.")
-def _(weight, block):
-    return _int8(weight, block, code=lambda part, top: (127 * part / top if top else 0 * part).floor())
+def _(weight, blocksize):
+    return _int8(weight, blocksize, code=lambda part, top: _steps(part, top).floor())
 
-@q3.mistake("128 steps", "you multiply by 128. int8 ends at 127, so the largest positive weight wraps around to -128.")
-def _(weight, block):
-    return _int8(weight, block, code=lambda part, top: (128 * part / top if top else 0 * part).round())
+@q3.mistake("128 steps",
+    "you multiply by 128. int8 ends at 127, so the largest "
+    "positive weight wraps around to -128.")
+def _(weight, blocksize):
+    return _int8(weight, blocksize, code=lambda part, top: _steps(part, top, 128).round())
 
-@q3.mistake("128 steps, held at 127", "you multiply by 128 and hold what is too large at 127. The steps are 1/127 of the absmax.")
-def _(weight, block):
-    return _int8(weight, block, code=lambda part, top: (128 * part / top if top else 0 * part).round().clamp(-128, 127))
+@q3.mistake("128 steps, held at 127",
+    "you multiply by 128 and hold what is too large at 127. "
+    "The steps are 1/127 of the absmax.")
+def _(weight, blocksize):
+    def code(part, top): return _steps(part, top, 128).round().clamp(-128, 127)
+    return _int8(weight, blocksize, code=code)
 
-@q3.mistake("255 steps", "you spread the absmax over 255 steps, as for codes from 0 to 255. Codes have a sign here: 127 each way.")
-def _(weight, block):
-    return _int8(weight, block, code=lambda part, top: (255 * part / top if top else 0 * part).round())
+@q3.mistake("255 steps",
+    "you spread the absmax over 255 steps, as for codes from 0 to 255. "
+    "Codes have a sign here: 127 each way.")
+def _(weight, blocksize):
+    return _int8(weight, blocksize, code=lambda part, top: _steps(part, top, 255).round())
 
-@q3.mistake("the smallest becomes the lowest code", "you put the smallest weight of a block at one end and the largest at the other (a zero point). absmax keeps 0 at 0 and has no zero point.")
-def _(weight, block):
-    return _int8(weight, block, code=lambda part, top: ((part - part.min()) / (part.max() - part.min()) * 254 - 127 if part.max() > part.min() else 0 * part).round())
+@q3.mistake("the smallest becomes the lowest code",
+    "you put the smallest weight of a block at one end and the largest at the other (a zero "
+    "point). absmax keeps 0 at 0 and has no zero point.")
+def _(weight, blocksize):
+    def code(part, top):
+        low, high = part.min(), part.max()
+        return ((part - low) / (high - low) * 254 - 127 if high > low else 0 * part).round()
+    return _int8(weight, blocksize, code=code)
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #a5e2fd81
-@q3.mistake("the step instead of the absmax", "you give the step, absmax / 127. The absmax is wanted.")
-def _(weight, block): return _int8(weight, block, told=lambda tops: tops / 127)
+@q3.mistake("the step instead of the absmax",
+    "you return the step, absmax / 127. The absmax is wanted.")
+def _(weight, blocksize): return _int8(weight, blocksize, told=lambda tops: tops / 127)
 
-@q3.mistake("the inverse", "you give what you multiply with, 127 / absmax or the like. The absmax is wanted.")
-def _(weight, block): return _int8(weight, block, told=lambda tops: 127 / tops)
+@q3.mistake("the inverse",
+    "you return what you multiply with, 127 / absmax or the like. The absmax is wanted.")
+def _(weight, blocksize): return _int8(weight, blocksize, told=lambda tops: 127 / tops)
 
-@q3.mistake("zeros have an absmax of 1", "for a block of zeros you give an absmax of 1 (or another that helps to divide). It is 0; divide by something else, and give it as it is.")
-def _(weight, block):
-    return _int8(weight, block, told=lambda tops: tops.where(tops > 0, tops.new_ones(())))
+@q3.mistake("zeros have an absmax of 1",
+    "for a block of zeros you return an absmax of 1 (or another that helps to divide). "
+    "It is 0; divide by something else, and return it as it is.")
+def _(weight, blocksize):
+    return _int8(weight, blocksize, told=lambda tops: tops.where(tops > 0, tops.new_ones(())))
 
-@q3.mistake("the last block is left out", "the last block may be short, and you leave it out: its codes stay 0.")
-def _(weight, block):
+@q3.mistake("the last block is left out",
+    "the last block may be short, and you leave it out: its codes stay 0.")
+def _(weight, blocksize):
     import torch
-    n = weight.numel() // block * block
+    n = weight.numel() // blocksize * blocksize
     if not n:
         return torch.zeros(weight.shape, dtype=torch.int8), weight.new_zeros(0)
-    codes, tops = _int8(weight.flatten()[:n], block)
+    codes, tops = _int8(weight.flatten()[:n], blocksize)
     return torch.cat([codes, codes.new_zeros(weight.numel() - n)]).view(weight.shape), tops
 
-@q3.mistake("fails on a short block", "where the weights do not divide evenly into blocks your function fails. Fill the last one up with zeros, and take them off again.")
-def _(weight, block):
-    if weight.numel() % block:
+@q3.mistake("fails on a short block",
+    "where the weights do not divide evenly into blocks your function fails. "
+    "Fill the last one up with zeros, and take them off again.")
+def _(weight, blocksize):
+    if weight.numel() % blocksize:
         raise RuntimeError
-    return to_int8(weight, block)
+    return to_int8(weight, blocksize)
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #a717bae4
 def restored(q):
@@ -350,108 +527,182 @@ def restored(q):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #a3324a71
-_VALUES = [-1.0, -0.7, -0.5, -0.4, -0.3, -0.2, -0.1, 0.0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1.0] # nearly NF4
+_VALUES = [ # nearly NF4
+    -1.0, -0.7, -0.5, -0.4, -0.3, -0.2, -0.1, 0.0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1.0]
 
 def _stored(rng, *shape, block=4, group=2):
-    number = lambda low, high: round(rng.uniform(low, high), 2)
+    def number(low, high): return round(rng.uniform(low, high), 2)
     n = math.prod(shape)
     blocks = math.ceil(n / block)
     halves = [rng.randrange(16) for _ in range(n)] + [7] * (n % 2)
-    return (dict(codes=_tensor([16 * a + b for a, b in zip(halves[::2], halves[1::2])], "uint8"), shape=shape, values=_tensor(_VALUES), block=block, absmax=_tensor([rng.randrange(8) for _ in range(blocks)], "uint8"),
-                 absmax_values=_tensor([-1.0, -0.5, -0.2, -0.05, 0.05, 0.2, 0.5, 1.0]), group=group, scales=_tensor([number(0.2, 0.9) for _ in range(math.ceil(blocks / group))]), offset=number(1.0, 3.0)),)
+    codes = [16 * a + b for a, b in zip(halves[::2], halves[1::2])]
+    absmax = [rng.randrange(8) for _ in range(blocks)]
+    scales = [number(0.2, 0.9) for _ in range(math.ceil(blocks / group))]
+    return (dict(
+        codes=_tensor(codes, "uint8"), shape=shape, values=_tensor(_VALUES),
+        block=block, absmax=_tensor(absmax, "uint8"),
+        absmax_values=_tensor([-1.0, -0.5, -0.2, -0.05, 0.05, 0.2, 0.5, 1.0]),
+        group=group, scales=_tensor(scales), offset=number(1.0, 3.0)),)
 
-q4 = Question("quantization.restored", "The way back", restored, example=lambda: (dict(codes=_tensor([0xF0, 0x81, 0x7E], "uint8"), shape=(2, 3), values=_tensor(_VALUES), block=2, absmax=_tensor([1, 0, 2], "uint8"), absmax_values=_tensor([-1.0, 0.0, 1.0]), group=2, scales=_tensor([0.5, 0.25]), offset=2.0),), stars=3, minutes=25, hints=[
-    "Three steps: bytes to codes, absmax codes to absmax, codes and absmax to weights. Do each by itself, and look at its length.",
-    "`codes >> 4` is the upper half, `codes & 15` the lower; stack them as two columns and flatten, so that they alternate. Index with `.long()`: torch takes a uint8 index for a mask.",
-    "absmax = absmax_values[absmax code] · scale of its group + offset. `repeat_interleave(n)` gives each its n; cut off what is too long at the end."])
+q4 = Question("quantization.restored", "The way back", restored,
+    stars=3, minutes=25,
+    example=lambda: (dict(
+        codes=_tensor([0xF0, 0x81, 0x7E], "uint8"), shape=(2, 3), values=_tensor(_VALUES),
+        block=2, absmax=_tensor([1, 0, 2], "uint8"), absmax_values=_tensor([-1.0, 0.0, 1.0]),
+        group=2, scales=_tensor([0.5, 0.25]), offset=2.0),),
+    hints=[
+        ("Three steps: bytes to codes, absmax codes to absmax, codes and absmax to weights. "
+         "Do each by itself, and look at its length."),
+        ("`codes >> 4` is the upper half, `codes & 15` the lower; "
+         "stack them as two columns and flatten, so that they alternate. "
+         "Index with `.long()`: torch takes a uint8 index for a mask."),
+        ("absmax = absmax_values[absmax code] · scale of its group + offset. "
+         "`repeat_interleave(n)` gives each its n; cut off what is too long at the end.")])
 
 @q4.inputs
 def _(rng):
-    return [_stored(rng, 4), _stored(rng, 2, 4), _stored(rng, 3, 3), _stored(rng, 2, 5, block=2, group=3), _stored(rng, 3, 4, block=6), _stored(rng, 4, 4, block=2, group=4), _stored(rng, 1, block=4), _stored(rng, 5, 5, block=4, group=3), _stored(rng, 2, 2, 3, block=3), _stored(rng, rng.randint(3, 5), 6, block=4), _stored(rng, 4, 8, block=8, group=rng.randint(2, 3))]
+    return [
+        _stored(rng, 4), _stored(rng, 2, 4), _stored(rng, 3, 3),
+        _stored(rng, 2, 5, block=2, group=3),
+        _stored(rng, 3, 4, block=6),
+        _stored(rng, 4, 4, block=2, group=4),
+        _stored(rng, 1, block=4),
+        _stored(rng, 5, 5, block=4, group=3),
+        _stored(rng, 2, 2, 3, block=3),
+        _stored(rng, rng.randint(3, 5), 6, block=4),
+        _stored(rng, 4, 8, block=8, group=rng.randint(2, 3))]
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #c04c4f53
-def _restored(q, halves=lambda c: (c >> 4, c & 15), value=lambda q, codes: q["values"][codes], absmax=lambda q, scales: q["absmax_values"][q["absmax"].long()] * scales + q["offset"], scale=None, spread=None):
+def _scales(q): return q["scales"].repeat_interleave(q["group"])[:len(q["absmax"])]
+def _absmax(q, scales): return q["absmax_values"][q["absmax"].long()] * scales + q["offset"]
+def _spread(q, absmax, n): return absmax.repeat_interleave(q["block"])[:n]
+
+def _restored(
+    q,
+    halves=lambda c: (c >> 4, c & 15), # of the bytes
+    value=lambda q, codes: q["values"][codes],
+    scale=_scales, # one for each absmax
+    absmax=_absmax, # one for each block
+    spread=_spread, # one for each weight
+):
     import torch
     n = math.prod(q["shape"])
     codes = torch.stack(halves(q["codes"]), 1).flatten()[:n].long()
-    scales = scale(q) if scale else q["scales"].repeat_interleave(q["group"])[:len(q["absmax"])]
-    top = absmax(q, scales)
-    return (value(q, codes) * (spread(q, top, n) if spread else top.repeat_interleave(q["block"])[:n])).view(q["shape"])
+    return (value(q, codes) * spread(q, absmax(q, scale(q)), n)).view(q["shape"])
 
-@q4.mistake("low half first", "you read the lower half of each byte first. The first code is in the upper four bits; yours swaps all neighbours.")
+@q4.mistake("low half first",
+    "you read the lower half of each byte first. "
+    "The first code is in the upper four bits; yours swaps all neighbours.")
 def _(q): return _restored(q, halves=lambda c: (c & 15, c >> 4))
 
-@q4.mistake("upper halves, then lower", "you put all upper halves before all lower ones. They alternate: upper, lower, upper, lower.")
+@q4.mistake("upper halves, then lower",
+    "you put all upper halves before all lower ones. "
+    "They alternate: upper, lower, upper, lower.")
 def _(q):
     import torch
-    halves = torch.cat([q["codes"] >> 4, q["codes"] & 15])
-    return restored(dict(q, codes=torch.cat([halves, halves.new_tensor([7])])[:len(halves) // 2 * 2].view(-1, 2) @ halves.new_tensor([16, 1])))
+    pairs = torch.cat([q["codes"] >> 4, q["codes"] & 15]).view(-1, 2)
+    return restored(dict(q, codes=pairs @ pairs.new_tensor([16, 1])))
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #6e631dec
-@q4.mistake("no offset", "the offset is missing: the mean of the absmax was taken off before they were stored, so without it all weights are near zero, and some have the wrong sign.")
+@q4.mistake("no offset",
+    "the offset is missing: the mean of the absmax was taken off before they were stored, "
+    "so without it all weights are near zero, and some have the wrong sign.")
 def _(q): return restored(dict(q, offset=0.0))
 
-@q4.mistake("the offset is taken off", "you take the offset off. That was done when the absmax were stored; on the way back it is added.")
+@q4.mistake("the offset is taken off",
+    "you take the offset off. That was done when the absmax were stored; "
+    "on the way back it is added.")
 def _(q): return restored(dict(q, offset=-q["offset"]))
 
-@q4.mistake("the offset before the scale", "you add the offset before you multiply by the scale. It was taken off first of all, so it comes back last of all.")
+@q4.mistake("the offset before the scale",
+    "you add the offset before you multiply by the scale. "
+    "It was taken off first of all, so it comes back last of all.")
 def _(q):
-    return _restored(q, absmax=lambda q, scales: (q["absmax_values"][q["absmax"].long()] + q["offset"]) * scales)
+    def absmax(q, scales): return (q["absmax_values"][q["absmax"].long()] + q["offset"]) * scales
+    return _restored(q, absmax=absmax)
 
-@q4.mistake("the offset on the weights", "you add the offset to the weights. It belongs to the absmax.")
+@q4.mistake("the offset on the weights",
+    "you add the offset to the weights. It belongs to the absmax.")
 def _(q): return restored(dict(q, offset=0.0)) + q["offset"]
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #86e1c4ef
-@q4.mistake("no scales", "the scales are missing: `absmax_values` reach from -1 to 1, and a group's scale says of what.")
+@q4.mistake("no scales",
+    "the scales are missing: `absmax_values` reach from -1 to 1, "
+    "and a group's scale says of what.")
 def _(q): return _restored(q, scale=lambda q: 1.0)
 
 @q4.mistake("the first scale for all", "you take the first scale for all groups.")
 def _(q): return _restored(q, scale=lambda q: q["scales"][0])
 
-@q4.mistake("groups in turn", "you deal the scales out in turn (`repeat` or `%`). The first `group` absmax share the first scale, the next ones the second.")
+@q4.mistake("groups in turn",
+    "you deal the scales out in turn (`repeat` or `%`). "
+    "The first `group` absmax share the first scale, the next ones the second.")
 def _(q): return _restored(q, scale=lambda q: q["scales"].repeat(q["group"])[:len(q["absmax"])])
 
-@q4.mistake("blocks in turn", "you deal the absmax out in turn (`repeat` or `%`). The first `block` weights share the first absmax, the next ones the second.")
-def _(q): return _restored(q, spread=lambda q, top, n: top.repeat(q["block"])[:n])
+@q4.mistake("blocks in turn",
+    "you deal the absmax out in turn (`repeat` or `%`). "
+    "The first `block` weights share the first absmax, the next ones the second.")
+def _(q): return _restored(q, spread=lambda q, absmax, n: absmax.repeat(q["block"])[:n])
 
-@q4.mistake("blocks counted in bytes", "you count blocks in bytes. A byte holds two weights, so your blocks are twice as long.")
-def _(q): return _restored(q, spread=lambda q, top, n: top.repeat_interleave(2 * q["block"])[:n])
+@q4.mistake("blocks counted in bytes",
+    "you count blocks in bytes. A byte holds two weights, so your blocks are twice as long.")
+def _(q):
+    return _restored(q, spread=lambda q, absmax, n: absmax.repeat_interleave(2 * q["block"])[:n])
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #b4cb6206
-@q4.mistake("an absmax a row", "you give each row one absmax. Blocks of `block` weights run through the whole weight, however long its rows are.")
+@q4.mistake("an absmax a row",
+    "you give each row one absmax. Blocks of `block` weights run through the whole weight, "
+    "however long its rows are.")
 def _(q):
-    return _restored(q, spread=lambda q, top, n: top[[min(i // q["shape"][-1], len(top) - 1) for i in range(n)]])
+    def spread(q, absmax, n):
+        return absmax[[min(i // q["shape"][-1], len(absmax) - 1) for i in range(n)]]
+    return _restored(q, spread=spread)
 
 @q4.mistake("one absmax for all", "you take the first absmax for the whole weight.")
-def _(q): return _restored(q, spread=lambda q, top, n: top[0])
+def _(q): return _restored(q, spread=lambda q, absmax, n: absmax[0])
 
-@q4.mistake("the absmax codes are taken for numbers", "you take the codes of the absmax for numbers. Each is a place in `absmax_values`.")
+@q4.mistake("the absmax codes are taken for numbers",
+    "you take the codes of the absmax for numbers. Each is a place in `absmax_values`.")
 def _(q): return _restored(q, absmax=lambda q, scales: q["absmax"] * scales + q["offset"])
 
-@q4.mistake("absmax codes divided by 255", "you divide the codes of the absmax by 255. They are not evenly spaced: each is a place in `absmax_values`.")
+@q4.mistake("absmax codes divided by 255",
+    "you divide the codes of the absmax by 255. "
+    "They are not evenly spaced: each is a place in `absmax_values`.")
 def _(q): return _restored(q, absmax=lambda q, scales: q["absmax"] / 255 * scales + q["offset"])
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #42ce785d
-@q4.mistake("absmax from the wrong table", "you look the codes of the absmax up in `values`, which is for the weights. They have a table of their own.")
+@q4.mistake("absmax from the wrong table",
+    "you look the codes of the absmax up in `values`, which is for the weights. "
+    "They have a table of their own.")
 def _(q):
-    return _restored(q, absmax=lambda q, scales: q["values"][q["absmax"].long()] * scales + q["offset"])
+    def absmax(q, scales): return q["values"][q["absmax"].long()] * scales + q["offset"]
+    return _restored(q, absmax=absmax)
 
-@q4.mistake("evenly spaced values", "you take the 16 values to be evenly spaced, (code - 7) / 8 or the like. NF4's are not: look them up in `values`.")
+@q4.mistake("evenly spaced values",
+    "you take the 16 values to be evenly spaced, (code - 7) / 8 or the like. "
+    "NF4's are not: look them up in `values`.")
 def _(q): return _restored(q, value=lambda q, codes: (codes - 7) / 8)
 
-@q4.mistake("evenly spaced from -1 to 1", "you take the 16 values to be evenly spaced from -1 to 1. NF4's are not: look them up in `values`.")
+@q4.mistake("evenly spaced from -1 to 1",
+    "you take the 16 values to be evenly spaced from -1 to 1. "
+    "NF4's are not: look them up in `values`.")
 def _(q): return _restored(q, value=lambda q, codes: codes / 7.5 - 1)
 
-@q4.mistake("divided by the absmax", "you divide by the absmax. That is the way there; back it is times.")
-def _(q): return _restored(q, spread=lambda q, top, n: 1 / top.repeat_interleave(q["block"])[:n])
+@q4.mistake("divided by the absmax",
+    "you divide by the absmax. That is the way there; back it is times.")
+def _(q): return _restored(q, spread=lambda q, absmax, n: 1 / _spread(q, absmax, n))
 
-@q4.mistake("the values without their absmax", "you give the values of the codes, between -1 and 1; each is to be multiplied by its block's absmax.")
-def _(q): return _restored(q, spread=lambda q, top, n: 1.0)
+@q4.mistake("the values without their absmax",
+    "you return the values of the codes, between -1 and 1; "
+    "each is to be multiplied by its block's absmax.")
+def _(q): return _restored(q, spread=lambda q, absmax, n: 1.0)
 
 @q4.mistake("one weight a byte", "you take each byte for one code.")
 def _(q): return _restored(dict(q, shape=(len(q["codes"]),)), halves=lambda c: (c & 15,))
 
-@q4.mistake("the unused half is a weight", "where the number of weights is odd the last half byte is no weight; cut it off before you give the result its shape.")
+@q4.mistake("the unused half is a weight",
+    "where the number of weights is odd the last half byte is no weight; "
+    "cut it off before you give the result its shape.")
 def _(q):
     if math.prod(q["shape"]) % 2:
         raise RuntimeError
@@ -461,106 +712,198 @@ def _(q):
 def normal_float(bits):
     "The values of NormalFloat with so many bits, sorted."
     # BEGIN SOLUTION
-    import statistics, torch
+    import statistics
+    import torch
     n = 2 ** bits
     end = 1 - (1 / (n - 1) + 1 / n) / 4
-    side = lambda m: [statistics.NormalDist().inv_cdf(0.5 + (end - 0.5) * i / m) for i in range(1, m + 1)]
+    def side(m):
+        shares = [0.5 + (end - 0.5) * i / m for i in range(1, m + 1)]
+        return [statistics.NormalDist().inv_cdf(p) for p in shares]
     values = sorted([-v for v in side(n // 2 - 1)] + [0.0] + side(n // 2))
     return torch.tensor([v / values[-1] for v in values])
     # END SOLUTION
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #b5389568
-q5 = Question("quantization.normal_float", "NormalFloat for any number of bits", normal_float, example=lambda: (2,), stars=3, minutes=20, hints=[
-    "For two bits: n = 4, so one value below zero, zero, and two above. The outermost share is halfway between 1 - 1/6 and 1 - 1/8; the other upper one lies halfway from there to 0.5.",
-    "`NormalDist().inv_cdf(p)` is the quantile of p. m shares from `end` towards 0.5 are `0.5 + (end - 0.5) * i / m` for i from 1 to m.",
-    "The two sides have different distances, since they have different numbers of values, and the same end: so the outermost are -1 and 1."])
+q5 = Question("quantization.normal_float", "NormalFloat for any number of bits", normal_float,
+    stars=3, minutes=20,
+    example=lambda: (2,),
+    hints=[
+        ("For two bits: n = 4, so one value below zero, zero, and two above. "
+         "The outermost share is halfway between 1 - 1/6 and 1 - 1/8; "
+         "the other upper one lies halfway from there to 0.5."),
+        ("`NormalDist().inv_cdf(p)` is the quantile of p. "
+         "m shares from `end` towards 0.5 are `0.5 + (end - 0.5) * i / m` for i from 1 to m."),
+        ("The two sides have different distances, since they have different numbers of values, "
+         "and the same end: so the outermost are -1 and 1.")])
 
 @q5.inputs
 def _(rng): return [(bits,) for bits in [3, 4, 5, 8, *rng.sample(range(2, 9), 5)]]
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #1d594fb4
-def _side(m, end, quantile=NormalDist().inv_cdf):
+_quantile = NormalDist().inv_cdf
+
+def _side(m, end, quantile=_quantile):
     return [quantile(0.5 + (end - 0.5) * i / m) for i in range(1, m + 1)]
+
 def _end(n): return 1 - (1 / (n - 1) + 1 / n) / 4
 def _float(values, by=max): return _tensor([v / by(values) for v in values], "float32")
 
-def _normal(bits, end=_end, low=lambda n: n // 2 - 1, high=lambda n: n // 2, order=sorted, by=max, quantile=NormalDist().inv_cdf):
+def _normal(
+    bits,
+    end=_end, # the outermost share
+    low=lambda n: n // 2 - 1, # how many are below zero
+    high=lambda n: n // 2, # and above
+    order=sorted,
+    by=max, # what all are divided by
+    quantile=_quantile,
+):
     n = 2 ** bits
-    return _float(order([-v for v in _side(low(n), end(n), quantile)] + [0.0] + _side(high(n), end(n), quantile)), by)
+    lower = [-v for v in _side(low(n), end(n), quantile)]
+    return _float(order(lower + [0.0] + _side(high(n), end(n), quantile)), by)
 
-@q5.mistake("evenly spaced", "your values are evenly spaced. That is int, not NormalFloat: most of them stand where hardly any weight is. The *shares* are evenly spaced, and the values are their quantiles.")
+@q5.mistake("evenly spaced",
+    "your values are evenly spaced. That is int, not NormalFloat: "
+    "most of them stand where hardly any weight is. "
+    "The *shares* are evenly spaced, and the values are their quantiles.")
 def _(bits): return _tensor([2 * i / (2 ** bits - 1) - 1 for i in range(2 ** bits)], "float32")
 
-@q5.mistake("evenly spaced, with a zero", "your values are evenly spaced on each side. The *shares* are evenly spaced, and the values are their quantiles.")
+@q5.mistake("evenly spaced, with a zero",
+    "your values are evenly spaced on each side. "
+    "The *shares* are evenly spaced, and the values are their quantiles.")
 def _(bits): return _normal(bits, quantile=lambda p: p - 0.5)
 
-@q5.mistake("no zero", "your values are symmetric, and 0 is not among them. A weight of 0 shall stay 0: that is why the two sides differ.")
+@q5.mistake("no zero",
+    "your values are symmetric, and 0 is not among them. "
+    "A weight of 0 shall stay 0: that is why the two sides differ.")
 def _(bits):
-    return _float([NormalDist().inv_cdf(1 - _end(n) + (2 * _end(n) - 1) * i / (n - 1)) for n in [2 ** bits] for i in range(n)])
+    n = 2 ** bits
+    end = _end(n)
+    return _float([_quantile(1 - end + (2 * end - 1) * i / (n - 1)) for i in range(n)])
 
-@q5.mistake("no zero, from the middles", "your values are symmetric, and 0 is not among them (quantiles of the middles of n equal parts). A weight of 0 shall stay 0: that is why the two sides differ.")
-def _(bits): return _float([NormalDist().inv_cdf((i + 0.5) / 2 ** bits) for i in range(2 ** bits)])
+@q5.mistake("no zero, from the middles",
+    "your values are symmetric, and 0 is not among them (quantiles of the middles of n equal "
+    "parts). A weight of 0 shall stay 0: that is why the two sides differ.")
+def _(bits): return _float([_quantile((i + 0.5) / 2 ** bits) for i in range(2 ** bits)])
 
-@q5.mistake("more below than above", "you have more values below zero than above. It is the other way round.")
+@q5.mistake("more below than above",
+    "you have more values below zero than above. It is the other way round.")
 def _(bits):
-    return _normal(bits, low=lambda n: n // 2, high=lambda n: n // 2 - 1, by=lambda values: -min(values))
+    def by(values): return -min(values)
+    return _normal(bits, low=lambda n: n // 2, high=lambda n: n // 2 - 1, by=by)
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #fc90c39d
-@q5.mistake("NF4's end for all", "your outermost share is NF4's, about 0.968, for every number of bits. It depends on n: with more values one can go further out.")
+@q5.mistake("NF4's end for all",
+    "your outermost share is NF4's, about 0.968, for every number of bits. "
+    "It depends on n: with more values one can go further out.")
 def _(bits): return _normal(bits, end=lambda n: 0.9677083)
 
-@q5.mistake("the inner end", "your outermost share is 1 - 1/(2(n - 1)); it is halfway between that and 1 - 1/(2n).")
+@q5.mistake("the inner end",
+    "your outermost share is 1 - 1/(2(n - 1)); it is halfway between that and 1 - 1/(2n).")
 def _(bits): return _normal(bits, end=lambda n: 1 - 1 / (2 * (n - 1)))
 
-@q5.mistake("the outer end", "your outermost share is 1 - 1/(2n); it is halfway between that and 1 - 1/(2(n - 1)).")
+@q5.mistake("the outer end",
+    "your outermost share is 1 - 1/(2n); it is halfway between that and 1 - 1/(2(n - 1)).")
 def _(bits): return _normal(bits, end=lambda n: 1 - 1 / (2 * n))
 
-@q5.mistake("bits in the place of values", "you take n for the number of bits. There are 2^bits values.")
+@q5.mistake("bits in the place of values",
+    "you take n for the number of bits. There are 2^bits values.")
 def _(bits): return _normal(bits, end=lambda n: _end(bits))
 
-@q5.mistake("not divided", "your values are quantiles as they are. Divide by the largest, so that they go from -1 to 1: the absmax is to be a value.")
+@q5.mistake("not divided",
+    "your values are quantiles as they are. "
+    "Divide by the largest, so that they go from -1 to 1: the absmax is to be a value.")
 def _(bits): return _normal(bits, by=lambda values: 1)
 
 @q5.mistake("not sorted", "the values are right, and not in order: from -1 to 1.")
 def _(bits): return _normal(bits, order=list)
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #720f3042
-@q5.mistake("from 1 to -1", "the values are right, from 1 down to -1; give them from -1 up.")
+@q5.mistake("from 1 to -1", "the values are right, from 1 down to -1; return them from -1 up.")
 def _(bits): return _normal(bits).flip(0)
 
-@q5.mistake("0.5 among the shares", "you count 0.5 among the shares of a side, so there are more zeros than one, and the distances are too wide. 0.5 is the next *after* the last share.")
+@q5.mistake("0.5 among the shares",
+    "you count 0.5 among the shares of a side, so there are more zeros than one, "
+    "and the distances are too wide. 0.5 is the next *after* the last share.")
 def _(bits):
     n = 2 ** bits
-    upper = [NormalDist().inv_cdf(0.5 + (_end(n) - 0.5) * i / max(n // 2 - 1, 1)) for i in range(n // 2)]
-    lower = [-NormalDist().inv_cdf(0.5 + (_end(n) - 0.5) * i / max(n // 2 - 2, 1)) for i in range(n // 2 - 1)] if n > 4 else [-NormalDist().inv_cdf(_end(n))]
-    return _float(sorted(lower + [0.0] + upper))
+    def side(m): # 0.5 is one of the m shares
+        return [_quantile(0.5 + (_end(n) - 0.5) * i / max(m - 1, 1)) for i in range(m)]
+    lower = side(n // 2 - 1) if n > 4 else [_quantile(_end(n))]
+    return _float(sorted([-v for v in lower] + [0.0] + side(n // 2)))
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #90d36709
-@q5.mistake("the upper side mirrored", "the values below zero are the upper ones with a minus. The lower side has one value fewer, so its shares have wider distances: of the two sides only the ends are alike.")
+@q5.mistake("the upper side mirrored",
+    "the values below zero are the upper ones with a minus. "
+    "The lower side has one value fewer, so its shares have wider distances: "
+    "of the two sides only the ends are alike.")
 def _(bits):
-    return _float([-v for v in _side(2 ** bits // 2, _end(2 ** bits))[:0:-1]] + [0.0] + _side(2 ** bits // 2, _end(2 ** bits)))
+    upper = _side(2 ** bits // 2, _end(2 ** bits))
+    return _float([-v for v in upper[:0:-1]] + [0.0] + upper)
 
-@q5.mistake("the lower side one short", "the values below zero are the upper ones with a minus, without the outermost. They begin at -1: the lower side has shares of its own, at wider distances.")
+@q5.mistake("the lower side one short",
+    "the values below zero are the upper ones with a minus, without the outermost. "
+    "They begin at -1: the lower side has shares of its own, at wider distances.")
 def _(bits):
-    return _float([-v for v in _side(2 ** bits // 2, _end(2 ** bits))[-2::-1]] + [0.0] + _side(2 ** bits // 2, _end(2 ** bits)))
+    upper = _side(2 ** bits // 2, _end(2 ** bits))
+    return _float([-v for v in upper[-2::-1]] + [0.0] + upper)
 
-@q5.mistake("the bell itself", "you take the height of the bell (the density) for its quantile. The quantile is the point below which a share lies: `inv_cdf`.")
+@q5.mistake("the bell itself",
+    "you take the height of the bell (the density) for its quantile. "
+    "The quantile is the point below which a share lies: `inv_cdf`.")
 def _(bits): return _normal(bits, quantile=NormalDist().pdf)
 
-@q5.mistake("the share below a point", "you take `cdf`, which gives the share below a point. The way back is wanted, the point for a share: `inv_cdf`.")
+@q5.mistake("the share below a point",
+    "you take `cdf`, which gives the share below a point. "
+    "The way back is wanted, the point for a share: `inv_cdf`.")
 def _(bits): return _normal(bits, quantile=NormalDist().cdf)
 
-@q5.mistake("a uniform end", "you let the shares end at 1 less a trifle. The outermost quantile is then far out and all others are pressed together; the recipe ends halfway between two shares.")
+@q5.mistake("a uniform end",
+    "you let the shares end at 1 less a trifle. "
+    "The outermost quantile is then far out and all others are pressed together; "
+    "the recipe ends halfway between two shares.")
 def _(bits): return _normal(bits, end=lambda n: 1 - 1e-6)
 
 # %% ../../../exercises/solutions/08_quantization.ipynb #57ec4fb5
-q6 = OpenQuestion("quantization.worse_after_merge", "Worse after the merge", stars=3, minutes=15, rubric=[
-    "The adapter was trained beside the *dequantised* weights, and has learned to work with (partly to correct) their rounding. The original bfloat16 weights are others, so merged into them the model is not the one that was trained. Merged into the dequantised weights it is, up to rounding; the lesson has the figures.",
-    "Quantised again, most of what the adapter adds is smaller than the distance of two values, so it is rounded away or blown up; the model is again another one.",
-    "200 questions: 71 % and 69 % lie well within each other's interval (71 % is about 64 % to 77 %); 64 % is at its edge. Compare logits, or the questions one by one, before speaking of better and worse.",
-    "3.4 GB is four bits for every parameter. The quantised layers take 4.127 bits with their constants, 3.34 GB, and the other 0.262 billion stay in 16 bits: 3.86 GB together, 3.5 times smaller than in bfloat16 and 7 times smaller than in float32.",
-    "What to do: serve the 4-bit base with the adapter beside it, unmerged; or merge into the dequantised weights and serve in 16 bits; if 4 bits and merged are a must, quantise and measure that model, and choose by its figure."],
-    model="The adapter was trained beside the dequantised NF4 weights, rounding errors and all, and part of what it learned makes up for them. Merged into the original bfloat16 weights it meets others, so that is no longer the model that was measured; merged into the dequantised weights it would be, up to rounding. Quantising the merged model again is worse: most of the adapter's changes are smaller than the distance between two of the 16 values, so they vanish or are blown up. "
-          "Whether 71 and 69 % differ at all, 200 questions cannot say, as the interval of 71 % reaches from 64 to 77 %; I would compare logits on some prompts, and look at the questions that changed. The size is wrong too: 6.476 billion parameters at 4.127 bits are 3.34 GB, and the other 0.262 billion stay in 16 bits, so it is 3.86 GB, 3.5 times smaller than bfloat16 and 7 times smaller than float32. "
-          "For serving I would keep the 4-bit base and the adapter apart, or merge into the dequantised weights and serve those in 16 bits; and whatever is served is what I would measure.",
-    hints=["Which weights did the adapter see in training? And in each of the two merges?", "How wide is the interval of 71 % of 200? And what is not in the 3.4 GB?"])
+q6 = OpenQuestion("quantization.worse_after_merge", "Worse after the merge",
+    stars=3, minutes=15,
+    rubric=[
+        ("The adapter was trained beside the *dequantised* weights, "
+         "and has learned to work with (partly to correct) their rounding. "
+         "The original bfloat16 weights are others, so merged into them the model is not the "
+         "one that was trained. Merged into the dequantised weights it is, up to rounding; "
+         "the lesson has the figures."),
+        ("Quantised again, most of what the adapter adds is smaller than the distance of two "
+         "values, so it is rounded away or blown up; the model is again another one."),
+        ("200 questions: 71 % and 69 % lie well within each other's interval (71 % is about "
+         "64 % to 77 %); 64 % is at its edge. "
+         "Compare logits, or the questions one by one, before speaking of better and worse."),
+        ("3.4 GB is four bits for every parameter. "
+         "The quantised layers take 4.127 bits with their constants, 3.34 GB, "
+         "and the other 0.262 billion stay in 16 bits: "
+         "3.86 GB together, 3.5 times smaller than in bfloat16 "
+         "and 7 times smaller than in float32."),
+        ("What to do: serve the 4-bit base with the adapter beside it, unmerged; "
+         "or merge into the dequantised weights and serve in 16 bits; "
+         "if 4 bits and merged are a must, quantise and measure that model, "
+         "and choose by its figure.")],
+    model=(
+        "The adapter was trained beside the dequantised NF4 weights, rounding errors and all, "
+        "and part of what it learned makes up for them. "
+        "Merged into the original bfloat16 weights it meets others, "
+        "so that is no longer the model that was measured; "
+        "merged into the dequantised weights it would be, up to rounding. "
+        "Quantising the merged model again is worse: "
+        "most of the adapter's changes are smaller than the distance between two of the 16 "
+        "values, so they vanish or are blown up. "
+        "Whether 71 and 69 % differ at all, 200 questions cannot say, "
+        "as the interval of 71 % reaches from 64 to 77 %; "
+        "I would compare logits on some prompts, and look at the questions that changed. "
+        "The size is wrong too: 6.476 billion parameters at 4.127 bits are 3.34 GB, "
+        "and the other 0.262 billion stay in 16 bits, so it is 3.86 GB, "
+        "3.5 times smaller than bfloat16 and 7 times smaller than float32. "
+        "For serving I would keep the 4-bit base and the adapter apart, "
+        "or merge into the dequantised weights and serve those in 16 bits; "
+        "and whatever is served is what I would measure."),
+    hints=[
+        "Which weights did the adapter see in training? And in each of the two merges?",
+        "How wide is the interval of 71 % of 200? And what is not in the 3.4 GB?"])

@@ -148,7 +148,7 @@ def _(batches): return _measured(batches, lambda some: sum(mean for mean, _ in s
     "you divide the sum over all targets by the number of batches; divide it by the number of "
     "targets.")
 def _(batches):
-    return _measured(batches, lambda some: sum(mean * n for mean, n in some) / len(batches))
+    return _measured(batches, lambda some: _total(some) / len(batches))
 
 @q2.mistake("all batches as large as the first",
     "you take all batches to have as many targets as the first one. Count each.")
@@ -158,7 +158,7 @@ def _(batches):
 @q2.mistake("a sum",
     "that is the sum over all targets; it grows with the number of rows. Divide by the number of "
     "targets.")
-def _(batches): return _measured(batches, lambda some: sum(mean * n for mean, n in some))
+def _(batches): return _measured(batches, _total)
 
 # %% ../../../exercises/solutions/05_training.ipynb #b4613fd8
 @q2.mistake("mean of perplexities",
@@ -562,8 +562,8 @@ def _(*args): return _adamw(*args, betas=(0.999, 0.9))
     "the other way round: they are to be calm.")
 def _(weight, g, m, v, step, lr, decay):
     m, v = 0.1 * m + 0.9 * g, 0.001 * v + 0.999 * g ** 2
-    mean, square = m / (1 - 0.9 ** step), v / (1 - 0.999 ** step)
-    return weight - lr * decay * weight - lr * mean / _root(square), m, v
+    move, square = lr * m / (1 - 0.9 ** step), v / (1 - 0.999 ** step)
+    return weight - lr * decay * weight - move / _root(square), m, v
 
 # %% ../../../exercises/solutions/05_training.ipynb #30388db1
 @q5.mistake("no root",
@@ -593,9 +593,9 @@ def _(*args):
     "you move the weight with `m` and `v` as they were before this step; take in the new gradient "
     "first.")
 def _(weight, g, m, v, step, lr, decay):
-    mean, square = m / (1 - 0.9 ** step), v / (1 - 0.999 ** step)
+    move, square = lr * m / (1 - 0.9 ** step), v / (1 - 0.999 ** step)
     _, m, v = _adamw(weight, g, m, v, step, lr, decay)
-    return weight - lr * decay * weight - lr * mean / _root(square), m, v
+    return weight - lr * decay * weight - move / _root(square), m, v
 
 # %% ../../../exercises/solutions/05_training.ipynb #c86e8000
 q6 = OpenQuestion("training.which_batch", "Which batch is better?",
