@@ -438,7 +438,9 @@ def label_auditor(
     rows:list=None, # with `messages`, as for `audit_labels`
     template:str=None, # as for `audit_labels`
 ): # a function from batches (and perhaps another pad_id) to a `LabelReport`
-    "Prepare an audit: what rows or template tell is worked out once, for many calls."
+    """Prepare an audit: what rows or template tell is worked out once, for many calls.
+
+    Auditing without a batch raises a `MaskError`."""
     header, stop, tail = _marks(tokenizer, template)
     n_tail = len(tokenizer(tail, add_special_tokens=False)["input_ids"])
     tell = None

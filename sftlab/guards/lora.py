@@ -52,7 +52,7 @@ def check_targets(
     modules:dict, # name -> module: all that can be meant
     linear:list, # names of those that are linear layers
 ):
-    "Refuse a target that means no module, or another one than a linear layer."
+    "Refuse a target that means no module or no linear layer, by raising a `LoRAError`."
     choices = ", ".join(sorted({name.split(".")[-1] for name in linear}))
     unknown = [target for target, names in meant.items() if not names]
     if unknown or not meant:

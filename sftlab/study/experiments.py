@@ -49,7 +49,7 @@ def experiment(
         return run
     return enter
 
-# %% ../../nbs/reference/study/experiments.ipynb #7119b2b8
+# %% ../../nbs/reference/study/experiments.ipynb #1f7ef6be
 def _only_raises(statements):
     return all(isinstance(s, ast.Raise) for s in statements)
 
@@ -90,7 +90,7 @@ class _Bare(ast.NodeTransformer):
         node.decorator_list = [d for d in node.decorator_list if not enters(d)]
         return self.generic_visit(node)
 
-# %% ../../nbs/reference/study/experiments.ipynb #35652a2d
+# %% ../../nbs/reference/study/experiments.ipynb #6c723aa6
 _SILENT = ("ctx", "kind", "type_comment", "type_params", "annotation", "returns")
 _MARK = "§" # in place of what a name stands for
 
@@ -113,7 +113,7 @@ def _shape(
             said.append(f"{name}={_shape(value, refer, refs)}")
     return f"{type(node).__name__}({','.join(said)})"
 
-# %% ../../nbs/reference/study/experiments.ipynb #14238733
+# %% ../../nbs/reference/study/experiments.ipynb #d152519e
 def _imports(statements, home:str) -> dict: # name -> its full name, "torch.nn.functional"
     "What import statements bring into a module of the package `home`."
     found = {}
@@ -145,7 +145,7 @@ def _scope(tree, module, package) -> tuple: # our names -> objects; imported one
     foreign = {k: v for k, v in full_names.items() if v.split(".")[0] != package}
     return ours, foreign
 
-# %% ../../nbs/reference/study/experiments.ipynb #a8940875
+# %% ../../nbs/reference/study/experiments.ipynb #7668a67e
 def _place(function) -> tuple: # line and column of the first expression in its body
     return next((p[0], p[2]) for p in list(function.__code__.co_positions())[1:] if p[2])
 
@@ -159,8 +159,11 @@ def _tree(thing):
               and (node.lineno, node.col_offset) <= place <= (node.end_lineno, node.end_col_offset)]
     return ast.Expr(max(around, key=lambda node: (node.lineno, node.col_offset))) # the innermost
 
+_NO_FIGURES = ("guards", "errors", "files.atomic") # what cannot change a figure
+
 def _is_ours(thing, package):
-    return (getattr(thing, "__module__", None) or "").split(".")[0] == package
+    root, _, place = (getattr(thing, "__module__", None) or "").partition(".")
+    return root == package and not place.startswith(_NO_FIGURES)
 
 def _code(name, thing, package, found):
     "Enter a function or class in `found`, and what it uses."
@@ -228,7 +231,7 @@ def _enter(name, thing, package, found) -> str: # its key in `found`; None for w
         return None
     return name
 
-# %% ../../nbs/reference/study/experiments.ipynb #8fff95e9
+# %% ../../nbs/reference/study/experiments.ipynb #61facc1b
 def code_of(
     function, # where to begin
     package:str="sftlab", # what counts as ours
@@ -303,7 +306,7 @@ def write_json(path, content):
     with atomic_file(path) as file:
         file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
-# %% ../../nbs/reference/study/experiments.ipynb #3f9c2334
+# %% ../../nbs/reference/study/experiments.ipynb #d478e5d8
 def run_experiment(
     name:str, # one of `EXPERIMENTS`
     folder:Path=FOLDER, # where the finished file goes
@@ -338,7 +341,7 @@ def stale(
     return [name for name, chosen in EXPERIMENTS.items()
             if kept.get(name) != (code_hash(chosen), data_hash(chosen))]
 
-# %% ../../nbs/reference/study/experiments.ipynb #4e9f481d
+# %% ../../nbs/reference/study/experiments.ipynb #54a31fb7
 def _figures(result:dict) -> dict: # what must come out again; how long it took need not
     return {name: x for name, x in result["figures"].items() if not name.endswith("seconds")}
 
