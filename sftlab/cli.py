@@ -146,7 +146,7 @@ def check_command(file:_FILE):
     if rejected:
         raise typer.Exit(1)
 
-# %% ../nbs/reference/cli.ipynb #cb8825ae
+# %% ../nbs/reference/cli.ipynb #853ff6c5
 @data_app.command("convert", epilog=_examples(
     "sftlab data convert alpaca.json --output chats.jsonl",
     "sftlab data convert chats.jsonl.gz --to sharegpt --output chats.parquet"))
@@ -170,7 +170,7 @@ def convert_command(
     if rejected_path(file).exists() and on_error is OnError.quarantine:
         _say("rejected", f"{rejected_path(file)}")
 
-# %% ../nbs/reference/cli.ipynb #e3aa4060
+# %% ../nbs/reference/cli.ipynb #de1923af
 def _shares(text:str) -> dict: # name -> share
     try:
         shares = {}
@@ -221,7 +221,7 @@ def split_command(
     for name, part in found.items():
         _say(name, f" {output / name}.jsonl: {len(part):,} rows")
 
-# %% ../nbs/reference/cli.ipynb #26e5c877
+# %% ../nbs/reference/cli.ipynb #c66ab73b
 def _tally(counts) -> str: # of a Series: what -> how many rows
     return ", ".join(f"{kind}: {count:,} rows" for kind, count in counts.items())
 
@@ -429,7 +429,7 @@ def _compare(questions, before, after):
             _say(when, _short(answer) or "(nothing)")
     print()
 
-# %% ../nbs/reference/cli.ipynb #02672855
+# %% ../nbs/reference/cli.ipynb #d7f57680
 Method = _choices("Method", ("full", "lora", "qlora"))
 _TINY_NOTE = (
     "the tiny model knows a small world of its own and nothing else. From your file it can learn "

@@ -516,6 +516,7 @@ def step(x, weight, A, B, scaling, gradient, lr):
 # %% ../../../exercises/solutions/07_lora.ipynb #2f4cc7f1
 q4 = Question("lora.step", "One step", step,
     stars=3, minutes=20,
+    seconds=20, # the first backward pass with a gradient imports hundreds of modules
     example=lambda: (
         _tensor([[1.0, 2.0]]),
         _tensor([[1.0, 0.0], [0.0, 1.0]]),
