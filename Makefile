@@ -49,7 +49,7 @@ exercises: $(DEV) ## make the learners' notebooks and sftlab/study/checks/ from 
 nbgrader: $(DEV) ## make a course for nbgrader in _nbgrader/ (there: nbgrader generate_assignment 01_generation)
 	@$(BIN)/python -c "from sftlab.study.masters import make_nbgrader; print(*make_nbgrader(), sep='\n')"
 
-lessons: $(DEV) ## bring index, README, exercises' list and website in step with the table of lessons, nbs/lessons.yml
+lessons: $(DEV) ## bring index, README, exercises' list and website in step with the table of lessons, tools/lessons.yml
 	@$(BIN)/python tools/lessons.py
 
 docs: $(DEV) ## build the website in _docs/ (needs Quarto)

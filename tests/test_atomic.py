@@ -69,6 +69,20 @@ def test_a_folder_that_another_process_is_writing_is_left_to_it(tmp_path):
         child.wait()
 
 
+def test_a_killed_writer_that_nobody_has_buried_does_not_block(tmp_path):
+    "Its parent has not asked for its status yet: a zombie."
+    child = subprocess.Popen([sys.executable, "-c", CHILD, "dir", str(tmp_path / "run")])
+    while not list(tmp_path.glob(".run.*.partial")):
+        assert child.poll() is None
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    with atomic_dir(tmp_path / "run") as part:
+        (part / "a").touch()
+    child.wait()
+    assert os.listdir(tmp_path) == ["run"]
+
+
 @pytest.mark.parametrize("pid", [os.getppid(), os.getpid()])
 def test_a_number_that_another_process_has_now_does_not_block(tmp_path, pid):
     "In a container a new process often gets the number of the one that was killed."

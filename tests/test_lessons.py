@@ -1,6 +1,6 @@
 """One line in a table adds a lesson.
 
-The lists are in step with nbs/lessons.yml; and a lesson made as CONTRIBUTING says (a notebook, a
+The lists are in step with tools/lessons.yml; and a lesson made as CONTRIBUTING says (a notebook, a
 master of exercises, a line) is listed, exported, linked and checked like every other.
 """
 import importlib.util
@@ -78,7 +78,7 @@ LINE = ('- {notebook: 99_doubling, title: "Doubling", see: "twice as much", exer
 def grown(lessons, tmp_path_factory):
     "The project with one more lesson, made as CONTRIBUTING says."
     root = copy_project(tmp_path_factory.mktemp("grown"))
-    table = root / "nbs/lessons.yml"
+    table = root / "tools/lessons.yml"
     rows = [line for line in table.read_text().splitlines(keepends=True)]
     there = [line for line in rows if line.startswith("#") or "notebook:" in line]
     number = f"{len(lessons.written()) + 1:02}"

@@ -19,7 +19,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("nbs/**/*.ipynb"))
              if not p.parent.name.startswith(".")]
-LESSONS = yaml.safe_load((ROOT / "nbs/lessons.yml").read_text("utf-8"))
+LESSONS = yaml.safe_load((ROOT / "tools/lessons.yml").read_text("utf-8"))
 BUDGET = {f"nbs/{row['notebook']}.ipynb": row["seconds"] for row in LESSONS if "notebook" in row}
 BUDGET["nbs/reference/audit/memory.ipynb"] = BUDGET["nbs/reference/tiny/pretraining.ipynb"] = 40
 FACTOR = float(os.environ.get("SFTLAB_TIME_FACTOR", 1))  # 2 on a machine shared with others

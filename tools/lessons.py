@@ -1,4 +1,4 @@
-"""Bring all that lists lessons in step with the table nbs/lessons.yml: python tools/lessons.py
+"""Bring all that lists lessons in step with the table tools/lessons.yml: python tools/lessons.py
 
 That is the map in nbs/index.ipynb (and README.md, which is made from it), the pages in _quarto.yml,
 and the list in exercises/README.md. Pages of the API and of the companions are found by looking.
@@ -23,7 +23,7 @@ ROOMS = {  # folder of nbs/reference -> heading in the sidebar
 
 def table(root:Path=ROOT) -> list: # of dicts, in the order of the course; `number` is added
     "The lessons, those that are planned too."
-    rows = yaml.safe_load((root / "nbs/lessons.yml").read_text("utf-8"))
+    rows = yaml.safe_load((root / "tools/lessons.yml").read_text("utf-8"))
     return [dict(row, number=n) for n, row in enumerate(rows, 1)]
 
 

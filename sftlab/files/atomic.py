@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['atomic_file', 'atomic_dir']
 
-# %% ../../nbs/reference/files/atomic.ipynb #1e02d2b1
+# %% ../../nbs/reference/files/atomic.ipynb #66312463
 import filecmp
 import glob
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..errors import OutputError
 
-# %% ../../nbs/reference/files/atomic.ipynb #b0d19239
+# %% ../../nbs/reference/files/atomic.ipynb #d2799250
 def _partial(path): # where `path` is written before it is whole
     return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
 
@@ -27,8 +27,9 @@ def _writer(partial) -> int: # the number of the process that writes a partial f
 def _live(partial) -> bool: # whether the process that began it is still running
     import psutil
     try:
-        started = psutil.Process(_writer(partial)).create_time()
-        return started < partial.lstat().st_mtime + 0.1 # else another one has the number now
+        process = psutil.Process(_writer(partial))
+        began = process.create_time() < partial.lstat().st_mtime + 0.1 # else it only has the number
+        return began and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, OSError):
         return False
 
@@ -49,7 +50,7 @@ def _sweep(path) -> int: # the number of a process that is writing `path` now; 0
             _remove(partial)
     return busy
 
-# %% ../../nbs/reference/files/atomic.ipynb #b3654e6a
+# %% ../../nbs/reference/files/atomic.ipynb #00e0db62
 def _there(path):
     return OutputError(f"{path} is there already, and nothing is written over: "
                        "move it away, or name another file")
@@ -82,7 +83,7 @@ def atomic_file(
     finally:
         _remove(partial)
 
-# %% ../../nbs/reference/files/atomic.ipynb #ae337074
+# %% ../../nbs/reference/files/atomic.ipynb #ec5700d9
 def _check_place(path, final, overwrite, mark):
     "Refuse a folder that must stay as it is."
     if final == Path.cwd():
@@ -118,8 +119,8 @@ def atomic_dir(
         raise OutputError(f"{path}: cannot be made: {e.strerror or e}") from e
     try:
         yield partial
-        if path.exists() and any(path.iterdir()):
-            _check_place(path, final, overwrite, mark) # what appeared meanwhile stays
+        _check_place(path, final, overwrite, mark) # what appeared meanwhile stays
+        if path.exists():
             os.replace(final, old)
         os.replace(partial, final)
     finally:
