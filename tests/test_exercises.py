@@ -271,16 +271,18 @@ def solved(notebook, name):
 
 
 def one_after_another(*parts):
-    """One notebook of several: name, notebook and code that ends it, a part.
+    """One notebook of several: a name, a notebook, and perhaps a last cell, for each.
 
     Each begins without any name of those before, and its cells' ids say where they are from.
     """
     cells = []
-    for part, notebook, end in parts:
+    for part, notebook, *last in parts:
+        if cells:
+            cells.append(nbformat.v4.new_code_cell("%reset -f", id=f"{part}-begins"))
         for cell in notebook["cells"]:
             cells.append(nbformat.from_dict(cell | dict(id=f"{part}-{cell['id']}")))
-        cells.append(nbformat.v4.new_code_cell(f"%reset -f\n{end}", id=f"{part}-end"))
-        cells.append(nbformat.v4.new_code_cell("%reset -f", id=f"{part}-reset"))
+        for source in last:
+            cells.append(nbformat.v4.new_code_cell(source, id=f"{part}-last"))
     return nbformat.v4.new_notebook(cells=cells)
 
 
@@ -298,8 +300,8 @@ def test_notebook_runs_untouched_and_solved_and_its_master(name, tmp_path):
     untouched, master = (json.loads(p[name].read_text("utf-8")) for p in (LEARNERS, MASTERS))
     full = solved(copy.deepcopy(untouched), name)
     path, log = tmp_path / name, tmp_path / "refused"
-    nbformat.write(one_after_another(("untouched", untouched, NOTHING_KEPT), ("solved", full, ""),
-                                     ("master", master, "")), path)
+    nbformat.write(one_after_another(("untouched", untouched, NOTHING_KEPT), ("solved", full),
+                                     ("master", master)), path)
     run(path, log, limit=300)
     assert not log.exists()
     kept = json.loads((tmp_path / pr.PROGRESS).read_text())
@@ -313,7 +315,7 @@ def test_one_part_leaves_no_name_to_the_next(tmp_path):
     one, two = (nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
                 for source in ("x = 1", "print(x)"))
     path = tmp_path / "x.ipynb"
-    nbformat.write(one_after_another(("one", one, ""), ("two", two, "")), path)
+    nbformat.write(one_after_another(("one", one), ("two", two)), path)
     with pytest.raises(RuntimeError, match="name 'x' is not defined"):
         run(path, tmp_path / "refused", limit=60)
 

@@ -23,7 +23,7 @@ import traceback
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 
-from .progress import Progress, record # noqa: F401
+from .progress import record
 
 # %% ../../nbs/reference/study/exercises.ipynb #f7d29915
 # float32 rounds at 6e-8 (relative); formulas of a few steps differ by some multiples of it
@@ -84,7 +84,7 @@ def _dicts_differ(want, got, at):
         return "wrong names", f"{at} has the names {has} where {wanted} are wanted"
     return _first(difference(want[key], got[key], f"{at}[{key!r}]") for key in want)
 
-# %% ../../nbs/reference/study/exercises.ipynb #fa0d422b
+# %% ../../nbs/reference/study/exercises.ipynb #eff11769
 def difference(
     want, # what is expected
     got, # what an answer returned
@@ -228,7 +228,7 @@ def _about_prints(printed) -> str:
         return ""
     return f" (What it prints is left out here: {n} line{'' if n == 1 else 's'}.)"
 
-# %% ../../nbs/reference/study/exercises.ipynb #8c6a1998
+# %% ../../nbs/reference/study/exercises.ipynb #ac76077a
 class Trial:
     "Inputs of a question, and what its solution and its mistakes make of them, worked out once."
     def __init__(self,

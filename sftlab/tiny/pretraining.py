@@ -249,7 +249,7 @@ def _after(log:list, told:list) -> list: # the log of a stage, counted on from t
     return [dict(step=last["step"] + e["step"], loss=e["loss"],
                  seconds=round(last["seconds"] + e["seconds"], 1)) for e in told]
 
-# %% ../../nbs/reference/tiny/pretraining.ipynb #1f7396a5
+# %% ../../nbs/reference/tiny/pretraining.ipynb #bda46805
 def save_model(model, tokenizer, log:list, folder:Path):
     """Write the model folder whole: weights in bfloat16, tokenizer, training log. Replaces an older
     model, and raises an `OutputError` for a folder that holds something else."""

@@ -38,7 +38,7 @@ def pieces(
 def compose(
     piece:list, # one of `pieces`
     rng:random.Random,
-    between:str=" ", # what stands between sentences
+    between:str=" ", # what goes between sentences
     **slots,
 ) -> str:
     "Write one version of a piece."
