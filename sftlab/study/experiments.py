@@ -49,7 +49,7 @@ def experiment(
         return run
     return enter
 
-# %% ../../nbs/reference/study/experiments.ipynb #1f7ef6be
+# %% ../../nbs/reference/study/experiments.ipynb #b3042a42
 def _only_raises(statements):
     return all(isinstance(s, ast.Raise) for s in statements)
 
@@ -90,7 +90,7 @@ class _Bare(ast.NodeTransformer):
         node.decorator_list = [d for d in node.decorator_list if not enters(d)]
         return self.generic_visit(node)
 
-# %% ../../nbs/reference/study/experiments.ipynb #6c723aa6
+# %% ../../nbs/reference/study/experiments.ipynb #ba980e5a
 _SILENT = ("ctx", "kind", "type_comment", "type_params", "annotation", "returns")
 _MARK = "§" # in place of what a name stands for
 
@@ -113,7 +113,7 @@ def _shape(
             said.append(f"{name}={_shape(value, refer, refs)}")
     return f"{type(node).__name__}({','.join(said)})"
 
-# %% ../../nbs/reference/study/experiments.ipynb #d152519e
+# %% ../../nbs/reference/study/experiments.ipynb #78821771
 def _imports(statements, home:str) -> dict: # name -> its full name, "torch.nn.functional"
     "What import statements bring into a module of the package `home`."
     found = {}
@@ -145,7 +145,7 @@ def _scope(tree, module, package) -> tuple: # our names -> objects; imported one
     foreign = {k: v for k, v in full_names.items() if v.split(".")[0] != package}
     return ours, foreign
 
-# %% ../../nbs/reference/study/experiments.ipynb #7668a67e
+# %% ../../nbs/reference/study/experiments.ipynb #0fa9b16c
 def _place(function) -> tuple: # line and column of the first expression in its body
     return next((p[0], p[2]) for p in list(function.__code__.co_positions())[1:] if p[2])
 
@@ -227,11 +227,13 @@ def _enter(name, thing, package, found) -> str: # its key in `found`; None for w
         found[name] = (thing.pattern, [])
     elif isinstance(thing, (str, int, float, bool)):
         found[name] = (repr(thing), [])
+    elif isinstance(thing, Path):
+        found[name] = ("a path", []) # what is there counts among an experiment's files
     else:
         return None
     return name
 
-# %% ../../nbs/reference/study/experiments.ipynb #61facc1b
+# %% ../../nbs/reference/study/experiments.ipynb #c8ceeef2
 def code_of(
     function, # where to begin
     package:str="sftlab", # what counts as ours
@@ -306,7 +308,7 @@ def write_json(path, content):
     with atomic_file(path) as file:
         file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
-# %% ../../nbs/reference/study/experiments.ipynb #d478e5d8
+# %% ../../nbs/reference/study/experiments.ipynb #5826eb88
 def run_experiment(
     name:str, # one of `EXPERIMENTS`
     folder:Path=FOLDER, # where the finished file goes
@@ -341,7 +343,7 @@ def stale(
     return [name for name, chosen in EXPERIMENTS.items()
             if kept.get(name) != (code_hash(chosen), data_hash(chosen))]
 
-# %% ../../nbs/reference/study/experiments.ipynb #54a31fb7
+# %% ../../nbs/reference/study/experiments.ipynb #4e39f0af
 def _figures(result:dict) -> dict: # what must come out again; how long it took need not
     return {name: x for name, x in result["figures"].items() if not name.endswith("seconds")}
 
