@@ -22,14 +22,14 @@ LIMITS = dict(cells=40, appendix=20, exported=250, words=2_500, function=15)
 # What is still over a limit, with the figure it has. It may shrink, never grow, and nothing is
 # added: when a lesson is rewritten its entries go, and at the end this is empty.
 STILL_OVER = {
-    "01_base_vs_instruct": dict(cells=99, words=2_741, function=17),
+    "01_base_vs_instruct": dict(cells=82, words=2_741, function=17),
     "02_instruction_data": dict(cells=66, exported=323, function=16),
     "03_chat_templates": dict(cells=94, exported=358, words=2_827, function=24),
     "04_loss_masking": dict(cells=52),
-    "05_full_finetuning": dict(cells=78, function=34),
+    "05_full_finetuning": dict(cells=65, function=34),
     "06_memory": dict(cells=69, exported=319, words=2_803, function=26),
     "07_lora": dict(cells=91, exported=267, words=2_703, function=16),
-    "08_qlora": dict(cells=79, words=2_586, function=17),
+    "08_qlora": dict(cells=73, words=2_586, function=17),
 }
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['atomic_file', 'atomic_dir']
 
-# %% ../../nbs/reference/files/atomic.ipynb #66312463
+# %% ../../nbs/reference/files/atomic.ipynb #7efe7c78
 import filecmp
 import glob
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..errors import OutputError
 
-# %% ../../nbs/reference/files/atomic.ipynb #d2799250
+# %% ../../nbs/reference/files/atomic.ipynb #779d157f
 def _partial(path): # where `path` is written before it is whole
     return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
 
@@ -30,8 +30,10 @@ def _live(partial) -> bool: # whether the process that began it is still running
         process = psutil.Process(_writer(partial))
         began = process.create_time() < partial.lstat().st_mtime + 0.1 # else it only has the number
         return began and process.status() != psutil.STATUS_ZOMBIE
-    except (psutil.Error, OSError):
+    except psutil.NoSuchProcess:
         return False
+    except (psutil.Error, OSError):
+        return True # renamed meanwhile, or not ours to judge
 
 def _remove(path):
     if path.is_dir() and not path.is_symlink():
@@ -50,7 +52,7 @@ def _sweep(path) -> int: # the number of a process that is writing `path` now; 0
             _remove(partial)
     return busy
 
-# %% ../../nbs/reference/files/atomic.ipynb #00e0db62
+# %% ../../nbs/reference/files/atomic.ipynb #f51dd3ea
 def _there(path):
     return OutputError(f"{path} is there already, and nothing is written over: "
                        "move it away, or name another file")
@@ -83,7 +85,7 @@ def atomic_file(
     finally:
         _remove(partial)
 
-# %% ../../nbs/reference/files/atomic.ipynb #ec5700d9
+# %% ../../nbs/reference/files/atomic.ipynb #73c3504f
 def _check_place(path, final, overwrite, mark):
     "Refuse a folder that must stay as it is."
     if final == Path.cwd():
