@@ -27,7 +27,7 @@ class BuildPackageAndCourse(build_py):
 
 
 # The package is put together outside of the project. In its usual place, build/, copies of the
-# notebooks would be left, which nbdev_export takes for sources: an old copy would write over a module.
+# notebooks would be left, which nbdev_export takes for sources: an old one writes over a module.
 staging = tempfile.TemporaryDirectory(prefix="sftlab-build-")  # removed when the build ends
 
 ini = ConfigParser()

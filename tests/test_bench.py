@@ -15,6 +15,7 @@ from sftlab.study.bench import targets
 WAYS = {"sftlab", "sftlab, plain", "TRL", "TRL, padding_free"}
 
 
+@pytest.mark.slow
 def test_training_is_the_same_work():
     figures = bench_training(steps=10, rounds=1)
     assert max(figures["losses_apart"].values()) < 1e-5
@@ -22,6 +23,7 @@ def test_training_is_the_same_work():
     assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in figures["seconds"].values())
 
 
+@pytest.mark.slow
 def test_other_work_would_be_noticed(monkeypatch):
     "The control: with one row fewer learned, the losses are apart."
     real = bench.trl

@@ -26,6 +26,8 @@ from sftlab.finetune import (
 )
 from sftlab.models import load
 
+pytestmark = pytest.mark.slow  # trains
+
 
 def counting(n):
     output = " ".join(map(str, range(1, n + 1)))

@@ -15,6 +15,8 @@ from sftlab import cli
 from sftlab.tiny import world
 from sftlab.finetune import last_checkpoint
 
+pytestmark = pytest.mark.slow  # trains
+
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):

@@ -739,6 +739,7 @@ def never_killed(tmp_path_factory):
     return (folder / "result.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @can_kill
 @pytest.mark.parametrize("moment", [
     "save-", "save+", "replace-", "replace+", "rmtree-", "rmtree+"])
@@ -754,6 +755,7 @@ def test_killed_while_it_writes_it_ends_with_the_same_weights(moment, never_kill
     assert len(list((tmp_path / "run").iterdir())) == 2
 
 
+@pytest.mark.slow
 @can_kill
 def test_killed_at_any_time_it_ends_with_the_same_weights(never_killed, tmp_path):
     rng, kills = random.Random(0), 0
