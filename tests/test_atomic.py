@@ -83,10 +83,10 @@ def test_a_killed_writer_that_nobody_has_buried_does_not_block(tmp_path):
     assert os.listdir(tmp_path) == ["run"]
 
 
-@pytest.mark.parametrize("pid", [os.getppid(), os.getpid()])
-def test_a_number_that_another_process_has_now_does_not_block(tmp_path, pid):
+@pytest.mark.parametrize("number", [os.getppid, os.getpid], ids=["parent", "own"])
+def test_a_number_that_another_process_has_now_does_not_block(tmp_path, number):
     "In a container a new process often gets the number of the one that was killed."
-    left = tmp_path / f".run.{pid}.1.partial"
+    left = tmp_path / f".run.{number()}.1.partial"
     left.mkdir()
     (left / "half").touch()
     os.utime(left, (1, 1))  # long before any process of today began
