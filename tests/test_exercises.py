@@ -817,3 +817,15 @@ def test_nbgrader_grades_a_blank_copy_0_and_the_solution_full(name, tmp_path, mo
         assert grades["perfect"][check][:2] == (stars, stars)
     [by_hand] = set(grades["perfect"]) - set(coded)
     assert grades["perfect"][by_hand][1:] == (5, True)  # read by a person
+
+
+@pytest.mark.parametrize("want, got, found", [
+    ([20.0, 0.0146], [20.0, 0.014602], None),  # what is left of large terms is off as they are
+    ([1.0, 0.0146], [1.0, 0.014602], "differs"),
+    ([20.0, 0.0146], [20.0, 0.0147], "differs"),
+    ([0.0, float("inf")], [1e-5, float("inf")], "differs"),
+])
+def test_tensors_may_be_off_by_rounding_and_no_more(want, got, found):
+    import torch
+    answer = ex.difference(torch.tensor(want), torch.tensor(got))
+    assert answer == found or answer[0] == found

@@ -77,7 +77,8 @@ def test_an_edit_of_a_notebook_would_be_noticed(exported, tmp_path):
     path = copy / "nbs/reference/errors.ipynb"
     path.write_text(path.read_text().replace("cannot be quantised", "can not be quantised"))
     tool("nbdev_export", "--path", "nbs/reference/errors.ipynb", cwd=copy)
-    assert differing(exported, modules(copy / "sftlab")) == ["errors.py"]
+    changed = differing(exported, modules(copy / "sftlab"))
+    assert [name for name in changed if name != "_modidx.py"] == ["errors.py"]
 
 
 def test_notebooks_are_clean(tmp_path):

@@ -56,7 +56,8 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
 # uv installs the same packages in a third of pip's time. Where it cannot be had, or fails, pip does it.
 uv=$(sed -n 's/^uv==/uv==/p' constraints.txt)
-uv() { .venv/bin/uv --no-config pip "$@" --python .venv/bin/python; }
+# As pip does, it compiles what it installs: else the first import of each module does, and is slow.
+uv() { UV_COMPILE_BYTECODE=1 .venv/bin/uv --no-config pip "$@" --python .venv/bin/python; }
 if [ ! -x .venv/bin/uv ]; then
     say "Fetching the installer ($uv) …"
     pip install --quiet "$uv" || say "uv cannot be had: pip does the work, which takes longer."
