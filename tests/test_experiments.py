@@ -120,9 +120,14 @@ def test_every_python_gives_the_same_fingerprint():
 TRIAL = """
 import math
 from functools import partial
+from dataclasses import dataclass
+@dataclass
+class Preset:
+    size: int
+PRESETS = {"small": Preset(3)}
 RATE = {"a": lambda x: x * 2, "b": lambda x: x * 3}
 def loop(n): return loop(n - 1) + RATE["a"](n) if n else 0
-def run(seed): return loop(seed) + math.floor(seed)
+def run(seed): return loop(seed) + math.floor(seed) + PRESETS["small"].size
 """
 
 
@@ -131,6 +136,7 @@ def run(seed): return loop(seed) + math.floor(seed)
     ("loop(n - 1)", "loop(n - 2)", True),  # a function that calls itself
     ("math.floor", "math.ceil", True),  # another library's function
     ('"a"', '"c"', True),  # a key
+    ("Preset(3)", "Preset(4)", True),  # a field of an object in a table
     ("loop", "again", False),  # only a name
     ("from functools import partial\n", "", False),  # not used
 ])

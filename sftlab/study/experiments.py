@@ -18,7 +18,7 @@ import re
 import sys
 import textwrap
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
@@ -202,7 +202,12 @@ def _code(name, thing, package, found):
         bare.name = ""
     found[name] = (_shape(bare, refer, refs), refs)
 
+def _is_record(thing, package): # an object of a dataclass of ours, such as a preset
+    return is_dataclass(thing) and _is_ours(type(thing), package)
+
 def _members(thing) -> list: # of a container, in an order that is always the same
+    if is_dataclass(thing):
+        return [getattr(thing, field.name) for field in fields(thing)]
     if isinstance(thing, dict):
         return [part for pair in thing.items() for part in pair]
     return sorted(thing, key=repr) if isinstance(thing, (set, frozenset)) else list(thing)
@@ -217,7 +222,7 @@ def _enter(name, thing, package, found) -> str: # its key in `found`; None for w
         if thing.__name__ == "<lambda>":
             name += str(_place(thing))
         _code(name, thing, package, found)
-    elif isinstance(thing, (dict, list, tuple, set, frozenset)):
+    elif isinstance(thing, (dict, list, tuple, set, frozenset)) or _is_record(thing, package):
         if name not in found:
             refs = []
             found[name] = (type(thing).__name__, refs)
