@@ -17,6 +17,9 @@ import pytest
 import torch
 
 from sftlab import cli, errors
+from sftlab.data import split_rows
+from sftlab.models import load
+from sftlab.program.data import data_app
 from sftlab.tiny.world import examples
 
 SFTLAB = [sys.executable, "-m", "sftlab.cli"]
@@ -99,17 +102,17 @@ def test_what_is_told_of_rows_is_what_the_lessons_find(folder):
     from sftlab.files.rows import read_rows
     from sftlab.finetune import held_out_nll
     from sftlab.masking import encode_rows
-    net, tokenizer = cli.load("tiny")
+    net, tokenizer = load("tiny")
     run, read = run_of(folder, "lora"), read_rows(folder / "alpaca.json")
     encoded = encode_rows(tokenizer, read)
     assert sum(len(row["input_ids"]) > 512 for row in encoded) == run["rows_cut"]
     fit = [row for row, e in zip(read, encoded) if any(x != -100 for x in e["labels"][1:512])]
     assert len(read) - len(fit) == run["rows_left_out"]
     share = 0.1
-    parts = cli.split_rows(fit, {"train": 1 - share, "held out": share}, run["seed"])
+    parts = split_rows(fit, {"train": 1 - share, "held out": share}, run["seed"])
     assert held_out_nll(net, tokenizer, parts["held out"]) == pytest.approx(
         run["held_out_nll_before"], rel=1e-6)
-    tuned, _ = cli.load(str(folder / "lora"))
+    tuned, _ = load(str(folder / "lora"))
     assert held_out_nll(tuned, tokenizer, parts["held out"]) == pytest.approx(
         run["held_out_nll_after"], rel=1e-6)
 
@@ -119,7 +122,7 @@ def test_other_programs_load_the_results(folder):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
     def model(path): return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    base, full = model(cli.load("tiny")[0].name_or_path), model(folder / "full")
+    base, full = model(load("tiny")[0].name_or_path), model(folder / "full")
     tokenizer = AutoTokenizer.from_pretrained(folder / "full")
     ids = tokenizer("Hello", return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -143,7 +146,7 @@ def test_qlora_trains_next_to_weights_in_four_bits(folder):
     assert (folder / "qlora/adapter_model.safetensors").exists()
     assert not (folder / "qlora/model.safetensors").exists()
     def layers(name, **how):
-        model = cli.load(str(folder / name), **how)[0]
+        model = load(str(folder / name), **how)[0]
         return sum(isinstance(module, Linear4bit) for module in model.modules())
     assert layers("qlora") == 28 and layers("qlora", four_bit=False) == 0 and layers("lora") == 0
 
@@ -275,7 +278,7 @@ def test_memory_says_what_fits_and_what_does_not():
 
 def test_memory_reads_a_config_and_knows_the_presets():
     from sftlab.memory import estimate
-    predicted = estimate(cli.load("tiny")[0], "full", precision="fp32")
+    predicted = estimate(load("tiny")[0], "full", precision="fp32")
     _, out, _ = call("memory", "tiny", "--method", "full", "--precision", "fp32")
     assert out.strip() == repr(predicted)
     t4 = call("memory", "t4")
@@ -313,7 +316,7 @@ def test_help_has_examples():
 
 def test_commands_have_their_names_and_their_functions_others():
     "In a module, `train` is what a lesson teaches."
-    registered = [*cli.app.registered_commands, *cli.data_app.registered_commands]
+    registered = [*cli.app.registered_commands, *data_app.registered_commands]
     commands = {command.name: command.callback for command in registered}
     assert set(commands) == {*COMMANDS, "check", "convert", "split", "stats"} - {"data"}
     assert all(function.__name__ == f"{name}_command" for name, function in commands.items())

@@ -110,8 +110,7 @@ def test_a_finished_run_is_replaced_only_when_told_and_only_by_a_finished_one(
     assert "holds a finished run" in capsys.readouterr().err
     def fails(*_, **__): raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr("sftlab.finetune.finetune", fails)
-        m.setattr(cli, "finetune", fails, raising=False)
+        m.setattr("sftlab.program.train.finetune", fails)
         assert cli.main([*short, "--seed", "1", "--overwrite"]) == 130
     assert before == files()
     assert cli.main([*short, "--seed", "1", "--overwrite"]) == 0

@@ -13,6 +13,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {  # folder of nbs/reference -> heading in the sidebar
     "": "Loading, training, plots",
+    "program": "The program: its commands",
     "guards": "Guards: what is refused",
     "files": "Files: what is read and written",
     "audit": "Audits: what went wrong in silence",
