@@ -4,49 +4,56 @@
 
 # %% auto #0
 __all__ = ['training_template', 'encode_for_training', 'rows_that_fit', 'context_length', 'is_tiny', 'held_out_nll', 'add_lora',
-           'default_learning_rate', 'finetune', 'last_checkpoint']
+           'default_learning_rate', 'batch_sizes', 'world_size', 'is_main_process', 'stop_tokens', 'finetune',
+           'held_out_losses', 'last_checkpoint']
 
 # %% ../nbs/reference/finetune.ipynb #aaead7a1
 import copy
 import math
+import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from .errors import FinetuneError, MaskError
-from .files.atomic import atomic_dir
+from .files.atomic import atomic_dir, atomic_file
+from .guards.finetune import (
+    check_answers_fit, check_answers_stop, check_ids, check_method, check_result, check_rows)
+from .models import max_positions
 
 # %% ../nbs/reference/finetune.ipynb #79b1b278
 def training_template(
     tokenizer, # with a chat template
-) -> tuple: # the template to train with (Jinja), and whether it marks the assistant's tokens
+) -> str: # Jinja
     "The chat template for training; a `FinetuneError` when the tokenizer has none."
     from trl import get_training_chat_template
     template = tokenizer.chat_template
     if not template:
         raise FinetuneError(
-            "the tokenizer has no chat template, so it cannot lay out a conversation: "
-            "choose a model that has one, such as Qwen/Qwen3-0.6B-Base")
+            "the tokenizer has no chat template, so it cannot lay out a conversation: give one "
+            "(--template alpaca), or choose a model that has one, such as Qwen/Qwen3-0.6B-Base")
     if isinstance(template, dict):
         template = template["default"]
     if re.search(r"\{%-?\s*generation\b", template):
-        return template, True
+        return template
     try:
-        return get_training_chat_template(tokenizer), True
+        return get_training_chat_template(tokenizer)
     except ValueError:
-        return template, False # a template that TRL has no twin of
+        return template # one that TRL has no twin of
 
 # %% ../nbs/reference/finetune.ipynb #ee11339c
 def encode_for_training(
     tokenizer, # with a chat template; stays as it is
-    rows:list, # of {"messages": [{"role", "content"}, …]}
+    rows:list, # of {"messages": [{"role", "content"}, …]}, perhaps with `tools`
 ) -> list: # for each row `input_ids` and `labels`, equally long; -100 where nothing is learned
     """Rows as they are trained on, whole (not cut to any length); raises a `FinetuneError` for a
     row that the chat template does not take."""
     from sftlab.masking import encode_rows
+    check_rows(rows)
     tokenizer = copy.copy(tokenizer)
-    tokenizer.chat_template, marked = training_template(tokenizer)
+    tokenizer.chat_template = training_template(tokenizer)
     try:
-        return encode_rows(tokenizer, rows, "assistant" if marked else "all")
+        return encode_rows(tokenizer, rows)
     except MaskError as e:
         raise FinetuneError(str(e)) from e
 
@@ -64,12 +71,15 @@ def rows_that_fit(
             fit.append(row)
     return fit, longer
 
+def _cut(rows, limit): # encoded rows, each of at most `limit` tokens
+    return [{name: ids[:limit] for name, ids in row.items()} for row in rows]
+
 # %% ../nbs/reference/finetune.ipynb #2a2cd44e
 def context_length(
     model, # a causal language model
 ) -> int: # tokens
     "The tokens of a row that are used: the model's context, at most 1,024, to save memory."
-    return min(model.config.max_position_embeddings, 1024)
+    return min(max_positions(model) or 1024, 1024)
 
 def is_tiny(model) -> bool: # whether it has under 20 million parameters
     return model.num_parameters() < 20_000_000
@@ -80,13 +90,16 @@ def held_out_nll(
     tokenizer, # with a chat template
     rows:list, # of {"messages": …}
     batch_size:int=8, # rows at a time; has no influence on the result
+    max_length:int=None, # tokens that are used of a row; by default `context_length`
 ) -> float: # nats a token
     """Mean negative log-likelihood of the tokens that would be learned from `rows`, weighted by
     tokens; raises a `FinetuneError` where there are none."""
+    return _nll(model, encode_for_training(tokenizer, rows), batch_size, max_length)
+
+def _nll(model, encoded, batch_size, max_length): # `held_out_nll` of rows that are encoded already
     from sftlab.training import evaluate_nll, target_nll_sum
-    limit = context_length(model)
-    cut = [{name: ids[:limit] for name, ids in row.items()}
-           for row in encode_for_training(tokenizer, rows)]
+    limit = max_length or context_length(model)
+    cut = _cut(encoded, limit)
     if not any(label != -100 for row in cut for label in row["labels"][1:]):
         raise FinetuneError(f"no answer begins within the first {limit} tokens of any held-out "
                             "row: there is nothing to measure")
@@ -97,20 +110,29 @@ def held_out_nll(
 def add_lora(
     model, # a causal language model without an adapter; is changed in place
     tokenizer, # its tokenizer
+    r:int=8, # rank
+    lora_alpha:int=16, # the update is multiplied by lora_alpha / r
+    target_modules="all-linear", # or a list of names of layers
+    lora_dropout:float=0.0, # share of the adapter's input that is dropped
 ): # the model with a new adapter, which alone is trainable
-    """Put a LoRA adapter (rank 8) on all linear layers; for the tiny model learn the chat
-    template's own tokens too."""
+    """Put a LoRA adapter next to linear layers; for the tiny model learn the chat template's own
+    tokens too. Raises a `FinetuneError` where the model has no such layers."""
     from peft import LoraConfig, get_peft_model
     marks = []
     if is_tiny(model):
-        marks = [t for t in tokenizer.all_special_tokens if t in tokenizer.chat_template]
+        template = training_template(tokenizer)
+        marks = [t for t in tokenizer.all_special_tokens if t in template]
     config = LoraConfig(
-        r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM",
+        r=r, lora_alpha=lora_alpha, target_modules=target_modules, lora_dropout=lora_dropout,
+        task_type="CAUSAL_LM",
         trainable_token_indices=tokenizer.convert_tokens_to_ids(marks) or None)
-    model = get_peft_model(model, config)
-    base = Path(config.base_model_name_or_path)
-    if base.is_dir():
-        config.base_model_name_or_path = str(base.resolve()) # found from any working folder
+    try:
+        model = get_peft_model(model, config)
+    except ValueError as e: # layers that are not there, or cannot have an adapter
+        raise FinetuneError(f"no adapter can be put on {target_modules}: {e}") from e
+    base = config.base_model_name_or_path
+    if base and Path(base).is_dir(): # else the model was made in memory, or is on the hub
+        config.base_model_name_or_path = str(Path(base).resolve()) # found from any folder
     head = model.get_output_embeddings()
     if not hasattr(head, "bias"):
         head.bias = None # TRL 1.16 asks for it, and PEFT's wrapper of a tied head has none
@@ -126,50 +148,63 @@ def default_learning_rate(
     return full if method == "full" else lora
 
 # %% ../nbs/reference/finetune.ipynb #b9b91821
-def _config(model, tokenizer, epochs, learning_rate, seed, folder, steps, checkpoints):
+def batch_sizes(
+    model, # to be trained
+    per_device_train_batch_size:int=None, # rows that go through the model together
+    gradient_accumulation_steps:int=None, # such batches before the weights change
+) -> tuple: # both, filled in where they are not given
+    "By default 8 rows change the weights, at once for the tiny model, one by one for a large one."
+    at_once = max(1, 8 // world_size())
+    batch = per_device_train_batch_size or (at_once if is_tiny(model) else 1)
+    return batch, gradient_accumulation_steps or max(1, at_once // batch)
+
+def world_size() -> int: # processes that train together, as `torchrun` tells them
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+def is_main_process() -> bool: # whether this is the one that prints and writes
+    return int(os.environ.get("RANK", 0)) == 0
+
+def _config(model, stop, settings, folder, checkpoints):
     "The `SFTConfig` of a run."
     import torch
     from trl import SFTConfig
-    template, marked = training_template(tokenizer)
     device, small = model.device.type, is_tiny(model)
     new_gpu = device == "cuda" and torch.cuda.get_device_capability(model.device)[0] >= 8
+    steps = settings.pop("steps")
+    can_recompute = getattr(model, "supports_gradient_checkpointing", True)
     return SFTConfig(
-        num_train_epochs=epochs, learning_rate=learning_rate, warmup_steps=steps // 20, seed=seed,
-        per_device_train_batch_size=8 if small else 1,
-        gradient_accumulation_steps=1 if small else 8, gradient_checkpointing=not small,
-        max_length=context_length(model), assistant_only_loss=marked,
-        eos_token="<|im_end|>" if "<|im_end|>" in template else None,
+        **settings, warmup_steps=steps // 20, eos_token=stop,
+        gradient_checkpointing=can_recompute and not small,
         use_cpu=device == "cpu", dataloader_pin_memory=device == "cuda",
         bf16=new_gpu, fp16=device == "cuda" and not new_gpu,
         output_dir=str(checkpoints or folder), save_strategy="steps" if checkpoints else "no",
         save_steps=max(10, steps // 10), save_total_limit=2,
-        report_to=[], disable_tqdm=True, logging_steps=max(1, steps // 50))
+        disable_tqdm=True, logging_steps=max(1, steps // 50))
 
-# %% ../nbs/reference/finetune.ipynb #1d9e3939
-def _check_method(model, method):
-    "Refuse a model that the method cannot train."
-    from peft import PeftModel
-    if isinstance(model, PeftModel):
-        raise FinetuneError("the model has an adapter already: "
-                            "train from its base model, or merge the adapter first")
-    four_bit = getattr(model, "is_loaded_in_4bit", False)
-    if method == "full" and four_bit:
-        raise FinetuneError("weights in 4 bits cannot be trained: use the method qlora")
-    if method == "qlora" and not four_bit:
-        raise FinetuneError("the method qlora needs a model whose weights are in 4 bits: "
-                            "load(…, four_bit=True)")
-
-def _check_result(model, learning_rate):
-    "Refuse weights that are no longer numbers."
-    if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
-        raise FinetuneError("training broke down: weights are no longer numbers; "
-                            f"a learning rate below {learning_rate:g} may help")
+# %% ../nbs/reference/finetune.ipynb #df38ecc6
+def stop_tokens(
+    tokenizer,
+    encoded:list, # rows as `encode_for_training` makes them
+) -> list: # strings, the most frequent first
+    "The special tokens that end the learned answers; a `FinetuneError` if an answer has none."
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    found = Counter()
+    for n, row in enumerate(encoded, 1):
+        last, labels = None, [*row["labels"], -100]
+        for i, label in enumerate(labels):
+            if label in special:
+                last = label
+            if label == -100 and i and labels[i - 1] != -100: # here an answer is over
+                check_answers_stop(n, last)
+                found[last] += 1
+                last = None
+    return tokenizer.convert_ids_to_tokens([id for id, _ in found.most_common()])
 
 # %% ../nbs/reference/finetune.ipynb #ce6266bb
 def finetune(
     model, # a causal language model; is trained in place
     tokenizer, # its tokenizer; its `eos_token` becomes the token that ends a turn
-    rows:list, # of {"messages": [{"role", "content"}, …]}
+    rows:list, # of {"messages": [{"role", "content"}, …]}, perhaps with `tools`
     output_dir, # for the result, the model or the adapter alone; must be empty or not exist
     method:str="full", # "full": all weights; "lora": an adapter; "qlora": the same, base in 4 bits
     epochs:float=3, # passes over `rows`
@@ -178,57 +213,124 @@ def finetune(
     eval_rows:list=None, # held-out rows, measured before training and after each epoch
     callbacks=(), # of transformers' `TrainerCallback`s
     checkpoints:Path=None, # folder for checkpoints of this run; it goes on from the last, if any
+    lora:dict=None, # for the methods lora and qlora: what else than defaults `add_lora` gets
+    per_device_train_batch_size:int=None, # see `batch_sizes`
+    gradient_accumulation_steps:int=None, # see `batch_sizes`
+    max_length:int=None, # tokens that are used of a row; by default `context_length`
+    keep_best:bool=False, # keep the epoch with the lowest held-out loss, not the last
+    patience:int=None, # stop after so many epochs without a lower held-out loss
+    report_to=(), # names of services that show the run, as in `SFTConfig`
 ): # the SFTTrainer; its `state.log_history` holds `loss`, `held_out_nll`, `step`, `epoch`
     """Fine-tune with TRL's `SFTTrainer` on the assistant's tokens and save safetensors and settings
     to `output_dir`; raises a `FinetuneError` for what cannot be trained or broke down, an
     `OutputError` for a folder that stays as it is."""
-    from datasets import Dataset
-    from transformers import PrinterCallback, set_seed
-    from trl import SFTTrainer
-    _check_method(model, method)
-    if not training_template(tokenizer)[1]:
-        print("The chat template does not mark the assistant's turns, and TRL has no marked twin "
-              "of it: the whole conversation is learned, questions too.")
+    from transformers import set_seed
+    check_method(model, method, lora)
     with atomic_dir(output_dir, mark="run.json") as folder:
+        encoded = encode_for_training(tokenizer, rows)
+        measured = encode_for_training(tokenizer, eval_rows) if eval_rows else None
+        limit = max_length or context_length(model)
+        check_ids(model, encoded)
+        check_answers_fit(encoded, limit)
+        stop, *others = stop_tokens(tokenizer, encoded)
         set_seed(seed)
-        model = model.float() if method == "full" else add_lora(model, tokenizer)
+        model = model.float() if method == "full" else add_lora(model, tokenizer, **lora or {})
         if learning_rate is None:
             learning_rate = default_learning_rate(model, method)
-        steps = math.ceil(epochs * len(rows) / 8)
-        args = _config(model, tokenizer, epochs, learning_rate, seed, folder, steps, checkpoints)
-        measure = [_held_out_callback(tokenizer, eval_rows)] if eval_rows else []
+        batch, accumulated = batch_sizes(
+            model, per_device_train_batch_size, gradient_accumulation_steps)
+        steps = math.ceil(epochs * len(rows) / (batch * accumulated * world_size()))
+        settings = dict(
+            num_train_epochs=epochs, learning_rate=learning_rate, seed=seed, max_length=limit,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated,
+            report_to=list(report_to), steps=steps)
+        args = _config(model, stop, settings, folder, checkpoints)
+        best = Path(checkpoints or folder, "best.safetensors") if keep_best else None
+        watch = [_held_out_callback(measured, limit, best, patience)] if eval_rows else []
         mark = [_complete_callback()] if checkpoints else []
-        trainer = SFTTrainer(
-            model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-            callbacks=[*measure, *callbacks, *mark])
-        trainer.remove_callback(PrinterCallback)
-        if not args.bf16: # TRL makes the adapter of a 4-bit model bfloat16 everywhere
-            for p in model.parameters():
-                if p.requires_grad:
-                    p.data = p.data.float()
+        trainer = _trainer(model, args, tokenizer, _cut(encoded, limit),
+                           [*watch, *callbacks, *mark])
         newest = last_checkpoint(checkpoints) if checkpoints else None
         trainer.train(resume_from_checkpoint=newest)
         model.eval()
-        _check_result(model, learning_rate)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True) # PEFT's empty form of a model card
+        if best:
+            _take_best(model, best)
+        check_result(model, learning_rate)
+        _stop_at(model, tokenizer, others)
+        if is_main_process():
+            _save(model, tokenizer, folder)
     return trainer
 
+def _trainer(model, args, tokenizer, encoded, callbacks):
+    "An `SFTTrainer` that gets token ids and labels, and nothing else of the rows."
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl import SFTTrainer
+    trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list(encoded),
+                         processing_class=tokenizer, callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)
+    if not args.bf16: # TRL makes the adapter of a 4-bit model bfloat16 everywhere
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.float()
+    return trainer
+
+def _stop_at(model, tokenizer, others):
+    "Let the model stop at all tokens that end an answer; TRL has added the first."
+    known = model.generation_config.eos_token_id
+    known = [known] if isinstance(known, int) else known
+    more = tokenizer.convert_tokens_to_ids(others)
+    model.generation_config.eos_token_id = list(dict.fromkeys([*known, *more]))
+
+def _save(model, tokenizer, folder):
+    model.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder) # with an adapter, too
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True) # PEFT's empty form of a model card
+    (folder / "best.safetensors").unlink(missing_ok=True)
+
 # %% ../nbs/reference/finetune.ipynb #29e25970
-def _held_out_callback(tokenizer, rows):
-    "A TrainerCallback that logs `held_out_nll` before training and after each epoch."
+def _trained(model) -> dict: # name -> the weights that training changes
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+def _keep(model, path):
+    from safetensors.torch import save
+    held = {name: p.detach().cpu().contiguous() for name, p in _trained(model).items()}
+    with atomic_file(path, "wb") as file:
+        file.write(save(held))
+
+def _take_best(model, path):
+    "Put the weights of the best epoch back."
+    from safetensors.torch import load_file
+    for name, tensor in load_file(path).items():
+        model.get_parameter(name).data.copy_(tensor)
+
+def _held_out_callback(encoded, max_length, best, patience):
+    """A TrainerCallback that logs `held_out_nll` before training and after each epoch, keeps the
+    weights of the best epoch, and stops after `patience` epochs that were none."""
     from transformers import TrainerCallback
     class HeldOut(TrainerCallback):
-        def measure(self, args, state, control, model=None, **_):
-            nll = held_out_nll(model, tokenizer, rows, args.per_device_train_batch_size)
+        def measure(self, args, state, model):
+            nll = _nll(model, encoded, args.per_device_train_batch_size, max_length)
             entry = dict(held_out_nll=nll, epoch=state.epoch or 0, step=state.global_step)
             state.log_history.append(entry)
-        def on_train_begin(self, args, state, control, **more):
+        def on_train_begin(self, args, state, control, model=None, **_):
             if not state.global_step:
-                self.measure(args, state, control, **more) # else this was measured earlier
-        on_epoch_end = measure
+                self.measure(args, state, model) # else this was measured earlier
+        def on_epoch_end(self, args, state, control, model=None, **_):
+            self.measure(args, state, model)
+            _, *epochs = held_out_losses(state.log_history)
+            if best and epochs[-1] == min(epochs) and is_main_process():
+                _keep(model, best)
+            if patience and len(epochs) - 1 - epochs.index(min(epochs)) >= patience:
+                control.should_training_stop = True
     return HeldOut()
+
+def held_out_losses(
+    history:list, # a trainer's `state.log_history`
+) -> list: # floats: before training, and after each epoch
+    "The held-out losses in a log."
+    return [entry["held_out_nll"] for entry in history if "held_out_nll" in entry]
 
 def _complete_callback():
     "A TrainerCallback that marks a checkpoint when all of it is written."

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .models import max_positions
 from .plots import panels, text_html
 
 # %% ../nbs/01_base_vs_instruct.ipynb #3fdfe915
@@ -52,7 +53,7 @@ def generate_ids(
     "Continue `ids`, one token at a time."
     new = []
     while len(new) < max_new_tokens:
-        if len(ids) + len(new) >= model.config.max_position_embeddings:
+        if len(ids) + len(new) >= (max_positions(model) or math.inf):
             return new, "context"
         text = torch.tensor([ids + new], device=model.device)
         with torch.no_grad():
@@ -116,16 +117,17 @@ def stream_ids(
     sample=greedy, # from logits to the id of the next token
 ): # the new ids, each as soon as it is chosen
     "Like `generate_ids`, with a KV cache, giving each token at once."
-    cache, feed = None, list(ids)
-    for _ in range(min(max_new_tokens, model.config.max_position_embeddings - len(ids))):
-        fed = torch.tensor([feed], device=model.device)
+    text, fed, cache = list(ids), list(ids), None
+    for _ in range(min(max_new_tokens, (max_positions(model) or math.inf) - len(ids))):
         with torch.no_grad():
-            out = model(input_ids=fed, past_key_values=cache, use_cache=True)
-        cache, token = out.past_key_values, sample(out.logits[0, -1])
+            out = model(input_ids=torch.tensor([fed], device=model.device),
+                        past_key_values=cache, use_cache=True)
+        cache, token = getattr(out, "past_key_values", None), sample(out.logits[0, -1])
         if token in stop_ids:
             return
         yield token
-        feed = [token]
+        text.append(token)
+        fed = [token] if cache else text # Mamba gives none: the whole text again
 
 # %% ../nbs/01_base_vs_instruct.ipynb #733a515c
 def stream(

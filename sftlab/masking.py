@@ -15,7 +15,9 @@ import torch
 from .errors import MaskError, TemplateError
 from .guards.masking import check_answers, check_pad_id
 from .guards.options import check_choice
-from .templates import encode_segments, segments, segments_of
+from .guards.templates import check_no_tools
+from .rendering import segments_of
+from .templates import encode_segments, segments
 
 # %% ../nbs/04_loss_masking.ipynb #25064e5c
 IGNORE = -100 # the label of a token that is not learned: torch's cross-entropy leaves it out
@@ -25,10 +27,12 @@ def layout(
     tokenizer, # may have a chat template
     messages:list, # dicts with `role` and `content`
     template:str=None, # one of `sftlab.templates.TEMPLATES`; by default the tokenizer's own
+    tools:list=None, # what the model may call; only the tokenizer's own template takes them
 ) -> list: # of `Segment`
     "Lay a conversation out; raises a `TemplateError` where the template cannot."
     if template in (None, tokenizer.chat_template):
-        return segments_of(tokenizer, messages)
+        return segments_of(tokenizer, messages, tools=tools)
+    check_no_tools(tools)
     return segments(messages, template)
 
 # %% ../nbs/04_loss_masking.ipynb #867c3e45
@@ -39,19 +43,20 @@ def learned_segments(
 ) -> list: # for each segment, whether it is learned
     "What a model is to learn of a conversation; raises a `MaskError` if that is nothing."
     check_choice("mode", mode, MODES, MaskError)
+    silent = {i for i, m in enumerate(messages) if m.get("weight") == 0} # not to be learned
     if mode == "all":
-        return [True] * len(parts)
+        return [part.turn not in silent for part in parts]
     asked = -1
     if mode == "completion": # only what comes after the last question
         asked = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
-    answers = {part.turn for part in parts if part.learned and part.turn > asked}
+    answers = {part.turn for part in parts if part.learned and part.turn > asked} - silent
     check_answers(answers, mode)
     if mode == "last":
         answers = {max(answers)}
     learned = [part.learned and part.turn in answers for part in parts]
     if mode == "completion": # and all that follows
         begin = learned.index(True)
-        learned = [i >= begin for i in range(len(parts))]
+        learned = [i >= begin and part.turn not in silent for i, part in enumerate(parts)]
     return learned
 
 # %% ../nbs/04_loss_masking.ipynb #c877df0a
@@ -70,10 +75,11 @@ def encode(
     messages:list, # dicts with `role` and `content`
     mode:str="assistant", # one of `MODES`
     template:str=None, # one of `TEMPLATES`; by default the tokenizer's own
+    tools:list=None, # what the model may call
 ) -> dict: # `input_ids` and `labels`, lists of equal length
     """A conversation as token ids and labels; raises a `TemplateError` where the template cannot
     lay it out, a `MaskError` where there is nothing to learn."""
-    parts = layout(tokenizer, messages, template)
+    parts = layout(tokenizer, messages, template, tools)
     return labelled(tokenizer, parts, learned_segments(parts, messages, mode))
 
 # %% ../nbs/04_loss_masking.ipynb #43251f47
@@ -161,14 +167,14 @@ def _places(edges, ids, specials, tokens_of):
 # %% ../nbs/04_loss_masking.ipynb #cc63da8b
 def _laid_out(tokenizer, number, row, mode, template): # -> segments, and which are learned
     try:
-        parts = layout(tokenizer, row["messages"], template)
+        parts = layout(tokenizer, row["messages"], template, row.get("tools"))
         return parts, learned_segments(parts, row["messages"], mode)
     except (MaskError, TemplateError) as e:
         raise MaskError(f"row {number}: {e}") from None
 
 def encode_rows(
     tokenizer,
-    rows:list, # with `messages`
+    rows:list, # with `messages`, perhaps `tools`
     mode:str="assistant", # one of `MODES`
     template:str=None, # one of `TEMPLATES`, which is quicker; by default the tokenizer's own
 ) -> list: # for each row what `encode` makes of its messages

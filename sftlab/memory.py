@@ -9,10 +9,11 @@ __all__ = ['CONFIGS', 'OPTIMIZERS', 'METHODS', 'PRECISIONS', 'ATTENTIONS', 'mode
 
 # %% ../nbs/06_memory.ipynb #4162eed9
 import math
+from bisect import bisect
 from dataclasses import dataclass
 
-from .guards.memory import (check_architecture, check_fits, check_known_model, check_run,
-                                  check_search, check_target_modules)
+from .guards.memory import (check_dims, check_fits, check_known_model, check_run, check_search,
+                                  check_target_modules, is_counted)
 from .plots import image_html, plot_memory
 
 # %% ../nbs/06_memory.ipynb #3bdec94a
@@ -54,7 +55,7 @@ def model_dims(
         config = getattr(model, "config", model)
         names = (*CONFIGS["llama-2-7b"], "head_dim", "attention_bias", "mlp_bias")
         c = {name: getattr(config, name, None) for name in names}
-    check_architecture(c["model_type"], model)
+    check_dims(c, model)
     heads = c["num_attention_heads"]
     head_dim = c.get("head_dim") or c["hidden_size"] // heads
     return c | dict(head_dim=head_dim, num_key_value_heads=c["num_key_value_heads"] or heads)
@@ -232,8 +233,8 @@ METHODS, PRECISIONS = ("full", "lora", "qlora"), ("mixed", "bf16", "fp32")
 ATTENTIONS = ("sdpa", "eager")
 _CHOICES = dict(method=METHODS, precision=PRECISIONS, attention=ATTENTIONS, optimizer=OPTIMIZERS)
 
-def _weight_terms(c, method, precision): # name -> (bytes, how they come about)
-    matrices, rest = parameter_sizes(c)
+def _weight_terms(sizes, method, precision): # name -> (bytes, how they come about)
+    matrices, rest = sizes
     width = 4 if precision == "fp32" or (method, precision) == ("full", "mixed") else 2
     size, constants = width * sum(matrices), 0
     formula = f"{sum(matrices + rest):,} x {width} bytes"
@@ -245,15 +246,12 @@ def _weight_terms(c, method, precision): # name -> (bytes, how they come about)
         "4-bit constants": (constants, "a byte for 64 weights, and 4 bytes for 256 of those"),
     }
 
-def _trained_terms(c, method, precision, r, target_modules, optimizer): # name -> (bytes, how)
-    full = method == "full"
-    sizes = sum(parameter_sizes(c), []) if full else adapter_sizes(c, r, target_modules)
+def _trained_terms(sizes, copies, method, precision, r, optimizer): # name -> (bytes, how)
     n, width = sum(sizes), 2 if precision == "bf16" else 4
     product = f"{n:,} x {width} bytes"
     return {
-        "adapters": (0 if full else width * n, f"{product} (r = {r})"),
-        "autocast copies": (autocast_bytes(c, method, precision, r, target_modules),
-                            "2 bytes for each number in a trained matrix"),
+        "adapters": (0 if method == "full" else width * n, f"{product} (r = {r})"),
+        "autocast copies": (copies, "2 bytes for each number in a trained matrix"),
         "gradients": (width * n, product),
         "optimiser": (optimizer_bytes(sizes, width, optimizer), f"{optimizer}, for {n:,} numbers"),
     }
@@ -303,14 +301,19 @@ def estimate(
     "Predict a run's memory; raises a `MemoryEstimateError` for an unknown model or option."
     check_run(_CHOICES, method=method, precision=precision, attention=attention,
               optimizer=optimizer, batch=batch, length=length, r=r)
-    c = model_dims(model)
-    terms = _weight_terms(c, method, precision)
-    terms |= _trained_terms(c, method, precision, r, target_modules, optimizer)
-    step, other = _step_terms(c, batch, length, method, precision, attention, r, target_modules,
-                              checkpointing, fused_head)
-    terms |= step
-    rank = "" if method == "full" else f" r={r}"
-    run = f"{model if isinstance(model, str) else c['model_type']}, {method}{rank}, "
+    step = batch, length, method, precision, attention, r, target_modules, checkpointing, fused_head
+    if is_counted(model):
+        from sftlab.audit.architectures import count_run # late: it needs torch
+        sizes, trained, copies, more, other = count_run(model, *step)
+    else:
+        c = model_dims(model)
+        sizes, copies = parameter_sizes(c), autocast_bytes(c, method, precision, r, target_modules)
+        trained = sum(sizes, []) if method == "full" else adapter_sizes(c, r, target_modules)
+        more, other = _step_terms(c, *step)
+    terms = _weight_terms(sizes, method, precision)
+    terms |= _trained_terms(trained, copies, method, precision, r, optimizer) | more
+    name = model if isinstance(model, str) else getattr(model, "config", model).model_type
+    run = f"{name}, {method}{'' if method == 'full' else f' r={r}'}, "
     run += f"{batch} x {length:,}, {precision}"
     run += ", checkpointing" * checkpointing + ", eager" * (attention == "eager")
     return Estimate(run, {name: size for name, (size, _) in terms.items()},
@@ -335,16 +338,10 @@ def max_that_fits(
         return estimate(model, method, rows, tokens, **more)
 
     check_fits(run(1), room, card_gb, method, **more)
-    low, high = 1, 2
+    high = 2
     while run(high).total <= room:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if run(middle).total <= room:
-            low = middle
-        else:
-            high = middle
-    return low
+        high = 2 * high
+    return bisect(range(high), room, lo=high // 2, key=lambda size: run(size).total) - 1
 
 # %% ../nbs/06_memory.ipynb #15ae0cbd
 def _shown(card_gb, **choice): # HTML: does it fit, the bar, the table

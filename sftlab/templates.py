@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALPACA', 'ALPACA_ZH', 'VICUNA', 'TEMPLATES', 'Segment', 'chatml', 'llama3', 'llama2', 'vicuna', 'Template',
-           'segments', 'joined_text', 'render', 'jinja', 'with_template', 'special_pattern', 'encode_segments',
-           'has_generation_markers', 'render_own', 'segments_of']
+           'segments', 'joined_text', 'render', 'jinja', 'with_template', 'special_pattern', 'encode_segments']
 
 # %% ../nbs/03_chat_templates.ipynb #15e0f57d
 import copy
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from .data import ROLES
 from .errors import TemplateError
 from .guards.options import check_choice
-from .guards.templates import check_chat_template, check_messages, template_errors
+from .guards.templates import check_messages, check_plain
 
 # %% ../nbs/03_chat_templates.ipynb #53de649d
 @dataclass(frozen=True)
@@ -236,6 +235,7 @@ def segments(
     "Lay a conversation out, piece by piece; a `TemplateError` where it has no place."
     chosen = _named(template)
     check_messages(messages, ROLES, chosen.alternates)
+    check_plain(messages)
     return [s for s in chosen.layout(messages, add_generation_prompt) if s.text]
 
 def joined_text(pieces) -> str: return "".join(s.text for s in pieces)
@@ -314,112 +314,3 @@ def encode_segments(
     touched = [at[start:max(end, start + 1)] for _, start, end in tokens]
     owners = [next((i for i in t if segments[i].learned), t[0]) for t in touched]
     return [id for id, *_ in tokens], owners
-
-# %% ../nbs/03_chat_templates.ipynb #bb1060ba
-def has_generation_markers(tokenizer) -> bool:
-    "Whether the chat template says what the assistant wrote."
-    return bool(re.search(r"\{%-?\s*generation\b", tokenizer.get_chat_template()))
-
-def render_own(
-    tokenizer, # with any chat template
-    messages:list, # with `role` and `content`
-    add_generation_prompt:bool=False, # whether an answer is to be written next
-) -> tuple: # the text; (start, end) of what is in generation markers
-    "Render a conversation with the tokenizer's own template; a `TemplateError` where that fails."
-    from transformers.utils.chat_template_utils import render_jinja_template
-    check_chat_template(tokenizer)
-    with template_errors():
-        texts, spans = render_jinja_template(
-            [messages], chat_template=tokenizer.get_chat_template(),
-            return_assistant_tokens_mask=has_generation_markers(tokenizer),
-            add_generation_prompt=add_generation_prompt, **tokenizer.special_tokens_map)
-    return texts[0], list(spans[0]) if spans else []
-
-# %% ../nbs/03_chat_templates.ipynb #fbb031ff
-def _signed(content, turn, signs, inside) -> str:
-    "A message's text between signs: around all of it, or inside of the white space at its ends."
-    a, b = signs
-    before, core, after = "", content, ""
-    if inside:
-        before, core, after = re.fullmatch(r"(\s*)(.*?)(\s*)", content, re.DOTALL).groups()
-    return f"{before}{a}{turn}{a}{core}{b}{after}"
-
-def _spans(marked, signs) -> list: # of (start, end, turn), in the text without signs
-    a, b = signs
-    pieces = re.split(f"{a}(\\d+){a}([^{b}]*){b}", marked) # template, turn, typed, template, …
-    spans, at = [], 0
-    for before, turn, typed in zip(pieces[::3], pieces[1::3], pieces[2::3]):
-        at += len(before) + len(typed)
-        spans.append((at - len(typed), at, int(turn)))
-    return spans
-
-def _typed_spans(tokenizer, messages, text, add_generation_prompt) -> list: # (start, end, turn)
-    "Where in `text`, the render, each message's content is."
-    used = set(text).union(*(m["content"] for m in messages))
-    a, b = [c for c in map(chr, range(0xE000, 0xF8FF)) if c not in used][:2]
-    for inside, blanks in ((False, True), (True, True), (True, False)):
-        signed = list(messages)
-        for i, m in enumerate(messages):
-            if m["content"].strip() or blanks or m["role"] == "assistant":
-                signed[i] = m | dict(content=_signed(m["content"], i, (a, b), inside))
-        marked, _ = render_own(tokenizer, signed, add_generation_prompt)
-        if re.sub(f"{a}\\d+{a}|{b}", "", marked) == text:
-            return _spans(marked, (a, b))
-    raise TemplateError(
-        "the tokenizer's chat template rewrites a message of this conversation, so nobody can say "
-        "which characters were typed: use a template that writes messages as they are")
-
-# %% ../nbs/03_chat_templates.ipynb #b5089dde
-def _answers(tokenizer, messages, text, typed) -> list: # of (start, end)
-    "Each answer, as far as the special token that ends it."
-    found = []
-    for (start, end, turn), (following, *_) in zip(typed, typed[1:] + [(len(text), 0, 0)]):
-        if messages[turn]["role"] == "assistant":
-            stop = special_pattern(tokenizer).search(text, end, following)
-            found.append((start, stop.end() if stop else end))
-    return found
-
-def _turn(start, span, typed) -> int:
-    """The message that a piece of the template belongs to: of the answer where it is learned
-    (is in `span`), else of the next message, else of the last."""
-    if span:
-        own = [turn for a, _, turn in typed if span[0] <= a < span[1]]
-        own = own or [turn for a, _, turn in typed if a <= start][-1:]
-    else:
-        own = [turn for a, _, turn in typed if a >= start]
-        own = own or [turn for *_, turn in typed[-1:]]
-    return own[0] if own else -1
-
-# %% ../nbs/03_chat_templates.ipynb #7fd5d312
-def segments_of(
-    tokenizer, # with any chat template
-    messages:list, # with `role` and `content`
-    add_generation_prompt:bool=False, # whether an answer is to be written next
-) -> list: # of `Segment`
-    """Like `segments`, with the template that the tokenizer brings. (A mark between two messages
-    is counted to the second, unless it is learned.) A `TemplateError` where there is none, or where
-    it refuses or rewrites the conversation."""
-    check_messages(messages, ROLES)
-    text, learned = render_own(tokenizer, messages, add_generation_prompt)
-    typed = _typed_spans(tokenizer, messages, text, add_generation_prompt)
-    if not has_generation_markers(tokenizer):
-        learned = _answers(tokenizer, messages, text, typed)
-    without, _ = render_own(tokenizer, messages)
-    prompt = len(without) if text.startswith(without) else len(text) # where it begins
-    bos = tokenizer.bos_token or ""
-    begin = len(bos) if text.startswith(bos) else 0
-    borders = {0, begin, prompt, len(text)}
-    for start, end, *_ in typed + learned:
-        borders |= {start, end}
-    cuts, found = sorted(borders), []
-    for start, end in zip(cuts, cuts[1:]):
-        inside = [turn for a, b, turn in typed if a <= start < b]
-        span = next((s for s in learned if s[0] <= start < s[1]), None)
-        if inside:
-            turn = inside[0]
-        elif span or begin < end and start < prompt:
-            turn = _turn(start, span, typed)
-        else:
-            turn = -1 # BOS, or the generation prompt
-        found.append(Segment(text[start:end], not inside, turn, span is not None))
-    return found

@@ -2,6 +2,7 @@
 import copy
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from sftlab.finetune import (
     finetune,
     held_out_nll,
     rows_that_fit,
+    stop_tokens,
     training_template,
 )
 from sftlab.models import load
@@ -76,11 +78,13 @@ def test_a_known_template_without_marks_gets_them():
     assert tokenizer.chat_template == chat_template_utils.qwen3_chat_template  # as it was
 
 
-def test_an_unknown_template_learns_all_and_none_is_refused():
+def test_an_unknown_template_learns_answers_and_one_that_refuses_says_so():
     tokenizer = load("tiny")[1]
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
-    (row,) = encode_for_training(tokenizer, ROWS[:1])
-    assert row["input_ids"] == row["labels"] and not training_template(tokenizer)[1]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}")
+    (row,) = encode_for_training(tokenizer, [TALK])
+    assert tokenizer.decode(learned(row)) == "Hello<|im_end|>See you<|im_end|>"
+    assert stop_tokens(tokenizer, [row]) == ["<|im_end|>"]
     tokenizer.chat_template = "{{ raise_exception('system messages are not for me') }}"
     with pytest.raises(FinetuneError, match="row 1: .*system messages are not for me"):
         encode_for_training(tokenizer, ROWS)
@@ -89,33 +93,58 @@ def test_an_unknown_template_learns_all_and_none_is_refused():
         encode_for_training(tokenizer, ROWS)
 
 
+@pytest.mark.parametrize("template", [
+    "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}",
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"])
+def test_answers_that_never_end_are_not_trained_on(tmp_path, template):
+    model, tokenizer = load("tiny")
+    tokenizer.chat_template = template
+    with pytest.raises(FinetuneError, match="row 1: .*would never learn to stop"):
+        finetune(model, tokenizer, ROWS, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 PICTURES = ("idefics3", "smolvlm", "llava_next")  # their messages are lists of parts
 NAMES = [
     name for name, text in vars(chat_template_utils).items()
     if name.endswith("_chat_template") and isinstance(text, str) and not name.startswith(PICTURES)]
 
 
-def by_the_library(tokenizer, messages):
-    "What `apply_chat_template` gives, which is what SFTTrainer calls."
-    template, marked = training_template(tokenizer)
-    out = tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=True, return_dict=True,
-        return_assistant_tokens_mask=marked)
-    ids = out["input_ids"]
-    mask = out["assistant_masks"] if marked else [1] * len(ids)
-    return dict(input_ids=ids, labels=[t if m else -100 for t, m in zip(ids, mask)])
+TOKENS = r"<[|｜][^|｜<> ]+[|｜]>|<(?:start|end)_of_turn>|<turn\|>|<\|turn>"
+
+
+def with_published(tokenizer, name):
+    "A tokenizer with a template that TRL keeps, and the special tokens that it writes."
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = text = getattr(chat_template_utils, name)
+    tokenizer.model_max_length = 4096
+    tokenizer.add_special_tokens(
+        {"bos_token": "<s>", "extra_special_tokens": sorted(set(re.findall(TOKENS, text)))})
+    return tokenizer
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ids_and_labels_are_those_that_trl_trains_on(tiny, name):
-    tokenizer = copy.copy(tiny[1])
-    tokenizer.chat_template = getattr(chat_template_utils, name)
+    "Where a template has no marks and no marked twin, TRL has no labels: answers are learned."
+    tokenizer = with_published(tiny[1], name)
     talks = [*ROWS, dict(messages=TALK["messages"][1:])]
     if not name.startswith("gemma_"):  # which takes no system message
         talks.append(TALK)
-    encoded = encode_for_training(tokenizer, talks)
-    assert encoded == [by_the_library(tokenizer, talk["messages"]) for talk in talks]
-    assert all(learned(row) for row in encoded)
+    template = training_template(tokenizer)
+    marked = "generation %}" in template
+    for talk, row in zip(talks, encode_for_training(tokenizer, talks)):
+        theirs = tokenizer.apply_chat_template(
+            talk["messages"], chat_template=template, tokenize=True, return_dict=True,
+            return_assistant_tokens_mask=marked)
+        assert row["input_ids"] == theirs["input_ids"]
+        said = [m["content"] for m in talk["messages"] if m["role"] == "assistant"]
+        if marked:
+            assert [label != -100 for label in row["labels"]] == list(
+                map(bool, theirs["assistant_masks"]))
+        else:
+            ends = tokenizer.decode(learned(row))
+            assert re.fullmatch("<[^<>]+>".join(map(re.escape, said)) + "<[^<>]+>", ends)
 
 
 def test_the_library_has_templates_to_compare_with():
@@ -195,8 +224,8 @@ def test_lora_trains_an_adapter_that_plain_peft_loads(tmp_path):
     assert [h["epoch"] for h in log] == [0, 1, 2, 3]
     assert log[-1]["held_out_nll"] < log[0]["held_out_nll"]
     assert {f.name for f in out.iterdir()} == {
-        "adapter_model.safetensors", "adapter_config.json", "tokenizer.json",
-        "tokenizer_config.json", "chat_template.jinja"}
+        "adapter_model.safetensors", "adapter_config.json", "generation_config.json",
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
     trained = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in n or "trainable_tokens" in n for n in trained)

@@ -18,8 +18,9 @@ from sftlab.files.rows import scan
 from sftlab.guards.templates import check_messages
 from sftlab.models import tiny_path
 from sftlab.plots import panels
-from sftlab.templates import (TEMPLATES, Segment, encode_segments, has_generation_markers, jinja,
-                              render, segments, segments_of, with_template)
+from sftlab.rendering import has_generation_markers, segments_of
+from sftlab.templates import (TEMPLATES, Segment, encode_segments, jinja, render, segments,
+                              with_template)
 
 
 @pytest.fixture(scope="module")
@@ -451,9 +452,9 @@ CHATML = {  # fault: {how: the change of ChatML that brings it}
     "no chat template": {"empty": instead("")},
     "conversation refused": {
         "always": instead("{{ raise_exception('no') }}"),
-        "wants lists": swap((CONTENT, "message.content[0].text +")),
-        "cuts": swap((CONTENT, "message.content[1:] +"))},
+        "wants lists": swap((CONTENT, "message.content[0].text +"))},
     "message dropped or changed": {
+        "cuts": swap((CONTENT, "message.content[1:] +")),
         "upper case": swap((CONTENT, "message.content | upper +")),
         "twice": swap((CONTENT, "message.content + message.content +")),
         "answers": swap((LOOP, "{%- for message in messages if message.role != 'assistant' %}")),

@@ -150,8 +150,8 @@ def _kind(part, before_answer): # what a segment's tokens are
         return "prompt"
     return "header" if before_answer else "tail"
 
-def _known(tokenizer, messages, template): # -> ids of a row, and (kind, turn) of each token
-    parts = layout(tokenizer, messages, template)
+def _known(tokenizer, row, template): # -> ids of a row, and (kind, turn) of each token
+    parts = layout(tokenizer, row["messages"], template, row.get("tools"))
     ids, owners = encode_segments(tokenizer, parts)
     last = max((i for i, part in enumerate(parts) if part.learned), default=-1)
     kinds = [_kind(part, i < last) for i, part in enumerate(parts)]
@@ -169,7 +169,7 @@ def _look_up(ids, known): # -> kinds of the tokens, how many tokens of answers a
 
 def _by_rows(tokenizer, rows, template):
     "A function that tells a conversation's kinds by the row that it was made from."
-    known = [_known(tokenizer, row["messages"], template) for row in rows]
+    known = [_known(tokenizer, row, template) for row in rows]
     whole = {tuple(ids): kinds for ids, kinds in known}
     def tell(talk):
         ids = talk.ids[talk.start:talk.end]

@@ -7,12 +7,14 @@ __all__ = ['TEMPLATE_FAULTS', 'Fault', 'TemplateReport', 'check_template', 'segm
 
 # %% ../../nbs/reference/audit/templates.ipynb #1cdb69a4
 import os
+import re
 from dataclasses import dataclass
 
 from ..errors import TemplateError
 from ..plots import panels, tokens_html
-from ..templates import (encode_segments, has_generation_markers, joined_text, render_own,
-                              segments, segments_of, special_pattern, with_template)
+from ..rendering import has_generation_markers, render_own, segments_of
+from ..templates import (encode_segments, joined_text, segments, special_pattern,
+                              with_template)
 
 # %% ../../nbs/reference/audit/templates.ipynb #cab39a26
 TEMPLATE_FAULTS = { # name: (what it leads to, how to fix it)
@@ -197,7 +199,10 @@ def check_template(
     try:
         pieces = segments_of(tokenizer, _TALK)
     except TemplateError as e:
-        return _fatal("conversation refused", str(e))
+        dropped = re.search(r"leaves messages\[|rewrites a message", str(e))
+        return _fatal("message dropped or changed" if dropped else "conversation refused", str(e))
+    if all(s.mark for s in pieces):
+        return _fatal("message dropped or changed", "the template rewrites what was said")
     for i, message in enumerate(_TALK):
         said = joined_text(s for s in pieces if s.turn == i and not s.mark)
         if said != message["content"]:

@@ -17,12 +17,12 @@ from ..data import FORMATS, from_messages
 from ..errors import DataError
 from .atomic import atomic_file
 from .containers import JSON_CELLS, without_nulls
-from ..guards.data import kind_of
+from ..guards.data import has_nan, kind_of
 from ..guards.options import check_choice
 
 # %% ../../nbs/reference/files/writers.ipynb #931f1238
 def write_rows(
-    rows:Iterable, # with `messages`, as `read_rows` or `scan` return them
+    rows:Iterable, # with `messages`, as `sftlab.files.rows.read_messages` returns them
     path, # .json, .jsonl, .csv (which makes strings of numbers), these also with .gz, or .parquet
     format:str="messages", # one of `FORMATS`
 ):
@@ -64,8 +64,8 @@ def _write_json(file, rows):
 
 def _json_text(value) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False)
-    except TypeError as e:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as e: # a set, or NaN
         raise DataError(f"a row holds a value that JSON has no form for ({e}): make it a string "
                         "first") from e
 
@@ -95,6 +95,8 @@ def _write_parquet(file, rows, path):
     from pyarrow.parquet import write_table
     rows = list(rows)
     values = [value for row in rows for value in row.values() if value is not None]
+    if any(map(has_nan, values)):
+        raise DataError(f"{path}: a row holds NaN or Infinity: make it null, or a string first")
     if any(without_nulls(value) != value for value in values):
         raise DataError(f"{path}: a list or object holds a null, and Parquet cannot tell it from "
                         "nothing: write JSONL")
