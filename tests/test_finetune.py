@@ -81,7 +81,7 @@ def test_a_known_template_without_marks_gets_them():
 def test_an_unknown_template_learns_answers_and_one_that_refuses_says_so():
     tokenizer = load("tiny")[1]
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}")
+        "{% for m in messages %}{{ m.role + ':\n' + m.content + '<|im_end|>' }}{% endfor %}")
     (row,) = encode_for_training(tokenizer, [TALK])
     assert tokenizer.decode(learned(row)) == "Hello<|im_end|>See you<|im_end|>"
     assert stop_tokens(tokenizer, [row]) == ["<|im_end|>"]
@@ -132,7 +132,7 @@ def test_ids_and_labels_are_those_that_trl_trains_on(tiny, name):
     if not name.startswith("gemma_"):  # which takes no system message
         talks.append(TALK)
     template = training_template(tokenizer)
-    marked = "generation %}" in template
+    marked = re.search(r"\{%-?\s*generation\b", template) is not None
     for talk, row in zip(talks, encode_for_training(tokenizer, talks)):
         theirs = tokenizer.apply_chat_template(
             talk["messages"], chat_template=template, tokenize=True, return_dict=True,

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMULA_KINDS', 'COUNTED_KINDS', 'check_known_model', 'is_counted', 'check_dims', 'check_layers', 'check_countable',
-           'counting_fails', 'check_target_modules', 'check_run', 'check_search', 'check_fits', 'check_card']
+           'counting_fails', 'in_four_bits', 'check_trainable', 'check_target_modules', 'check_run', 'check_search',
+           'check_fits', 'check_card']
 
 # %% ../../nbs/reference/guards/memory.ipynb #9a210365
 from contextlib import contextmanager
@@ -83,6 +84,31 @@ def counting_fails(
     except Exception as e: # a config can hold anything, and transformers checks little of it
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise MemoryEstimateError(f"{kind}: no such model can be built and run: {why}") from e
+
+# %% ../../nbs/reference/guards/memory.ipynb #dce5f17e
+def in_four_bits(
+    model, # a name or a config
+) -> bool: # whether its weights are in four bits, by bitsandbytes
+    "What a config says of its weights; raises a `MemoryEstimateError` for a format not known."
+    settings = getattr(model, "quantization_config", None)
+    if not settings:
+        return False
+    settings = settings if isinstance(settings, dict) else vars(settings)
+    if settings.get("load_in_4bit"):
+        return True
+    raise MemoryEstimateError(
+        f"the weights are quantised by {settings.get('quant_method', 'an unknown method')}: only "
+        "those in 4 bits by bitsandbytes can be estimated; name the model that they were made from")
+
+def check_trainable(
+    name:str, # of the model
+    four_bits:bool, # whether it is loaded in four bits
+    method:str, # "full", "lora" or "qlora"
+):
+    "Refuse to train weights in four bits, by raising a `MemoryEstimateError`."
+    if four_bits and method == "full":
+        raise MemoryEstimateError(f"{name}: weights in 4 bits cannot be trained: use the method "
+                                  "qlora")
 
 # %% ../../nbs/reference/guards/memory.ipynb #263f4183
 def check_target_modules(

@@ -6,11 +6,13 @@
 __all__ = ['Precision', 'Attention', 'Optimizer', 'memory_command']
 
 # %% ../../nbs/reference/program/memory.ipynb #c3e7fb55
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors import MemoryEstimateError, ModelError
+from ..guards.memory import check_trainable, in_four_bits
 from ..memory import ATTENTIONS, CONFIGS, OPTIMIZERS, PRECISIONS, estimate, max_that_fits
 from ..models import PRESETS, find
 from .app import Method, app, choices, examples, say
@@ -20,24 +22,45 @@ Precision = choices("Precision", PRECISIONS)
 Attention = choices("Attention", ATTENTIONS)
 Optimizer = choices("Optimizer", OPTIMIZERS)
 
+def _read_config(model:str): # a folder or a hub id
+    try:
+        where = find(model)
+    except ModelError as e:
+        raise ModelError(f"{e} Known without any file: {', '.join(CONFIGS)}") from e
+    if Path(where, "adapter_config.json").is_file() and not Path(where, "config.json").is_file():
+        raise ModelError(f"{model} is an adapter: name the model that it was made for")
+    from transformers import AutoConfig
+    try:
+        return AutoConfig.from_pretrained(where)
+    except Exception as e: # a file can hold anything, and transformers checks little of it
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise ModelError(f"{model}: its config cannot be read: {why}") from e
+
 def _model_to_estimate(model:str): # a name that `estimate` knows, or a config
     if model in PRESETS:
         model = PRESETS[model].model
     short = model.split("/")[-1].lower().removesuffix("-base") # Qwen/Qwen3-4B-Base: qwen3-4b
-    if short in CONFIGS:
+    if short in CONFIGS and not Path(model).expanduser().is_dir():
         return short
-    from transformers import AutoConfig
-    try:
-        return AutoConfig.from_pretrained(find(model))
-    except ModelError as e:
-        raise ModelError(f"{e} Known without any file: {', '.join(CONFIGS)}") from e
-    except (OSError, ValueError) as e:
-        why = str(e).splitlines()[0]
-        raise ModelError(f"{model}: its config cannot be read: {why}") from e
+    return _read_config(model)
+
+def _method_of(name:str, model, method:str) -> str: # as `sftlab train` would take it
+    four_bits = name in PRESETS and PRESETS[name].four_bit or in_four_bits(model)
+    check_trainable(name, four_bits, method)
+    if four_bits and method == "lora":
+        say("note", f"{name}: its weights are loaded in 4 bits, so an adapter next to them is "
+                    "qlora")
+        return "qlora"
+    return method
+
+def _size_of_card(card:float | None):
+    if card is not None and card != card: # NaN is in no range and outside of none
+        raise typer.BadParameter("nan is not a size")
+    return card
 
 @app.command("memory", epilog=examples(
     "sftlab memory llama-2-7b --method qlora --card 16",
-    "sftlab memory tiny --method full --batch 8 --length 512",
+    "sftlab memory tiny --method full --batch-size 8 --max-length 512",
     "sftlab memory qwen3-4b --card 24 --precision bf16 --no-checkpointing"))
 def memory_command(
     model:Annotated[str, typer.Argument(
@@ -47,8 +70,11 @@ def memory_command(
         help="What is trained: all weights, an adapter, or an adapter next to weights in 4 "
              "bits.")]="lora",
     batch:Annotated[int, typer.Option(
-        metavar="N", help="Rows that go through the model together.", min=1)]=1,
-    length:Annotated[int, typer.Option(metavar="N", help="Tokens in each row.", min=1)]=1024,
+        "--batch-size", "--batch", metavar="N", help="Rows that go through the model together.",
+        min=1, max=1_000_000)]=1,
+    length:Annotated[int, typer.Option(
+        "--max-length", "--length", metavar="N", help="Tokens in each row.",
+        min=1, max=100_000_000)]=1024,
     precision:Annotated[Precision, typer.Option(
         help="mixed: autocast, trained weights in float32.")]="mixed",
     checkpointing:Annotated[bool, typer.Option(
@@ -57,12 +83,15 @@ def memory_command(
     attention:Annotated[Attention, typer.Option(
         help="eager keeps tables of length x length.")]="sdpa",
     optimizer:Annotated[Optimizer, typer.Option(help="What moves the weights.")]="adamw",
-    r:Annotated[int, typer.Option("--rank", metavar="N", help="Of the adapters.", min=1)]=16,
+    r:Annotated[int, typer.Option(
+        "--lora-rank", "--rank", metavar="N", help="Of the adapters.", min=1, max=65_536)]=8,
     card:Annotated[float | None, typer.Option(
-        metavar="GB", help="Say what fits on a card of this size.", min=0.001)]=None,
+        metavar="GB", help="Say what fits on a card of this size.", min=0.001, max=1_000_000,
+        callback=_size_of_card)]=None,
 ):
     "Predict what memory a fine-tuning run needs, and what fits on a card."
-    model, method = _model_to_estimate(model), method.value
+    name, model = model, _model_to_estimate(model)
+    method = _method_of(name, model, method.value)
     more = dict(precision=precision.value, checkpointing=checkpointing, attention=attention.value,
                 optimizer=optimizer.value, r=r)
     print(estimate(model, method, batch, length, **more))
