@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['training_template', 'encode_for_training', 'rows_that_fit', 'context_length', 'is_tiny', 'held_out_nll', 'add_lora',
-           'default_learning_rate', 'batch_sizes', 'world_size', 'is_main_process', 'stop_tokens', 'finetune',
-           'held_out_losses', 'last_checkpoint']
+           'use_template', 'default_learning_rate', 'batch_sizes', 'world_size', 'is_main_process', 'stop_tokens',
+           'finetune', 'held_out_losses', 'last_checkpoint']
 
 # %% ../nbs/reference/finetune.ipynb #aaead7a1
 import copy
@@ -18,7 +18,9 @@ from pathlib import Path
 from .errors import FinetuneError, MaskError
 from .files.atomic import atomic_dir, atomic_file
 from .guards.finetune import (
-    check_answers_fit, check_answers_stop, check_ids, check_method, check_result, check_rows)
+    check_answers_fit, check_answers_stop, check_eos, check_ids, check_length, check_method,
+    check_new_tokens, check_result)
+from .guards.rows import check_message_rows
 from .models import max_positions
 
 # %% ../nbs/reference/finetune.ipynb #79b1b278
@@ -49,7 +51,7 @@ def encode_for_training(
     """Rows as they are trained on, whole (not cut to any length); raises a `FinetuneError` for a
     row that the chat template does not take."""
     from sftlab.masking import encode_rows
-    check_rows(rows)
+    check_message_rows(rows, FinetuneError)
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = training_template(tokenizer)
     try:
@@ -138,6 +140,48 @@ def add_lora(
         head.bias = None # TRL 1.16 asks for it, and PEFT's wrapper of a tied head has none
     return model
 
+# %% ../nbs/reference/finetune.ipynb #0073ac32
+def use_template(
+    model, # may get new tokens; is changed in place
+    tokenizer, # stays as it is
+    template:str, # one of `sftlab.templates.TEMPLATES`, or the name of a file with Jinja
+    method:str="full", # how the model will be trained
+): # a copy of the tokenizer, with the template
+    "Choose a chat template; raises a `FinetuneError` where it does not go with the model."
+    from sftlab.templates import TEMPLATES
+    changed = copy.deepcopy(tokenizer)
+    if template not in TEMPLATES:
+        changed.chat_template = _from_file(template, TEMPLATES)
+        return changed
+    chosen = TEMPLATES[template]
+    changed.chat_template = chosen.jinja
+    if chosen.bos == "<s>": # from Llama's first vocabulary: the model's own tokens do as well
+        check_eos(tokenizer, template)
+        begins = chosen.jinja.replace("<s>", tokenizer.bos_token or "")
+        changed.chat_template = begins.replace("</s>", tokenizer.eos_token)
+        return changed
+    _add_tokens(model, changed, [chosen.bos, chosen.eos, *chosen.others], template, method)
+    return changed
+
+def _from_file(path, names) -> str: # Jinja
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise FinetuneError(f"there is no template {path!r}: give the name of a file with Jinja, "
+                            f"or one of {', '.join(names)}") from e
+
+def _add_tokens(model, tokenizer, tokens, template, method):
+    "Make tokens special, and make room for those that the model does not have."
+    import torch
+    from tokenizers import AddedToken
+    tokens = [token for token in tokens if token]
+    check_new_tokens([t for t in tokens if t not in tokenizer.get_vocab()], template, method)
+    added = [AddedToken(token, special=True, normalized=False) for token in tokens]
+    tokenizer.add_tokens(added, special_tokens=True)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        torch.manual_seed(0) # new rows are drawn around the mean of the others
+        model.resize_token_embeddings(len(tokenizer))
+
 # %% ../nbs/reference/finetune.ipynb #8899f14d
 def default_learning_rate(
     model, # to be trained
@@ -181,7 +225,7 @@ def _config(model, stop, settings, folder, checkpoints):
         save_steps=max(10, steps // 10), save_total_limit=2,
         disable_tqdm=True, logging_steps=max(1, steps // 50))
 
-# %% ../nbs/reference/finetune.ipynb #df38ecc6
+# %% ../nbs/reference/finetune.ipynb #e8c48a87
 def stop_tokens(
     tokenizer,
     encoded:list, # rows as `encode_for_training` makes them
@@ -230,6 +274,7 @@ def finetune(
         encoded = encode_for_training(tokenizer, rows)
         measured = encode_for_training(tokenizer, eval_rows) if eval_rows else None
         limit = max_length or context_length(model)
+        check_length(limit, max_positions(model))
         check_ids(model, encoded)
         check_answers_fit(encoded, limit)
         stop, *others = stop_tokens(tokenizer, encoded)

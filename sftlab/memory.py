@@ -12,8 +12,8 @@ import math
 from bisect import bisect
 from dataclasses import dataclass
 
-from .guards.memory import (check_dims, check_fits, check_known_model, check_run, check_search,
-                                  check_target_modules, is_counted)
+from .guards.memory import (check_dims, check_fits, check_known_model, check_run,
+                                  check_search, check_target_modules, is_counted)
 from .plots import image_html, plot_memory
 
 # %% ../nbs/06_memory.ipynb #3bdec94a

@@ -156,7 +156,7 @@ def _nf4(dtype):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype)
 
-# %% ../nbs/reference/models.ipynb #4bb81096
+# %% ../nbs/reference/models.ipynb #3103c389
 def _whole(where, options):
     "A model that is not an adapter."
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -226,7 +226,7 @@ def _stops_of_both(model, tokenizer):
     if stops and model.generation_config.eos_token_id not in (stops[0], stops):
         model.generation_config.eos_token_id = stops
 
-# %% ../nbs/reference/models.ipynb #f7e8960e
+# %% ../nbs/reference/models.ipynb #fa203ad6
 def max_positions(
     model, # a causal language model, with or without an adapter
 ) -> int: # tokens that it can take; None where there is no limit

@@ -89,7 +89,8 @@ def test_what_cannot_be_split_is_told_with_its_file(data, files):
 
 NO_SHARES = ["train", "train=1", "train=0.5,test=0.6", "train=0,test=1", "train=x,test=1",
              "../train=0.5,test=0.5", "train=0.5=0.5,test=0.5", "=0.5,test=0.5",
-             "train=0.3,train=0.5,test=0.5"]
+             "train=0.3,train=0.5,test=0.5", "train=nan", "train=nan,test=nan", "train=nan,test=1",
+             "train=inf,test=1"]
 
 
 @pytest.mark.parametrize("shares", NO_SHARES)
@@ -107,6 +108,144 @@ def test_stats(data, files):
     said = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert said["rows"] == "24" and said["turns"] == "2: 24 rows"
     assert "tokens a row" in said["length"] and said["scripts"] == "Latin: 24 rows"
+
+
+def test_a_figure_is_not_written_over(data, files):
+    plot = files / "plot.png"
+    plot.write_text("mine")
+    status, out, err = data("stats", files / "good.json", "--plot", plot)
+    assert (status, out) == (1, "") and "plot.png is there already" in err
+    assert plot.read_text() == "mine"
+    status, out, err = data("stats", files / "good.json", "--plot", files / "plot.doc")
+    assert (status, err.count("\n")) == (1, 1) and "names no kind of picture: choose .png" in err
+    assert not (files / "plot.doc").exists()
+
+
+def test_hints_name_the_options_of_the_program(data, files):
+    for command in (["convert", "--output", files / "new.jsonl"], ["stats"],
+                    ["split", "--output", files / "parts"]):
+        status, _, err = data(*command[:1], files / "bad.jsonl", *command[1:])
+        assert status == 1 and "(--on-error quarantine puts such rows aside)" in err
+        assert "on_error" not in err
+
+
+def rows_file(path, rows):
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    return path
+
+
+MARKS = ["<|im_end|>", "<|endoftext|>"]
+
+
+def test_control_tokens_are_warned_of(data, tmp_path):
+    rows = [dict(instruction=f"What is {MARKS[i % 2]}? {i}", output="A mark.", id="<|im_end|>")
+            for i in range(9)]
+    html = dict(instruction="a <s>b</s> <eos>", output="c")
+    file = rows_file(tmp_path / "f.jsonl", [html, *rows])
+    done = (0, "rows     10 read, 10 can be used, 0 cannot\n", "")
+    assert data("check", file) == done  # without a model nothing is said
+    status, out, err = data("check", file, "--model", "tiny")
+    *told, more, last = out.splitlines()
+    assert (status, err, len(told)) == (0, "", 3) and last == done[1].strip()
+    assert told[0] == (
+        f"warning: {file}: line 2: field 'instruction' has '<|im_end|>', which is one of this "
+        "model's control tokens; it is trained on as plain text")
+    assert more == f"warning: {file}: and 6 more places with control tokens"
+    status, _, err = data("check", file, "--model", tmp_path / "nothing")
+    assert status == 1 and err.count("\n") == 1
+
+
+def test_where_a_control_token_is(data, tmp_path):
+    turns = [dict(role="user", content="Hi"), dict(role="assistant", tool_calls=[
+        dict(name="f", arguments=dict(text="<|im_end|>"))]), dict(role="tool", content="x"),
+        dict(role="assistant", content="Done <|im_start|>")]
+    tools = [dict(name="f", description="<|im_end|>")]
+    file = rows_file(tmp_path / "f.jsonl", [dict(messages=turns, tools=tools)])
+    status, out, _ = data("check", file, "--model", "tiny")
+    places = {"tools[0].description", "messages[3].content",
+              "messages[1].tool_calls[0].arguments.text"}
+    assert status == 0 and all(f"field '{place}' has" in out for place in places)
+
+
+def test_placeholders_are_warned_of(data, tmp_path):
+    rows = [dict(instruction=f"Greet {i}.", output="Hello {{name}}!") for i in range(5)]
+    rows += [dict(instruction="Write a set.", output="{1, 2}, {name}, }} and {{")]
+    file = rows_file(tmp_path / "f.jsonl", rows)
+    status, out, err = data("check", file)
+    *told, more, last = out.splitlines()
+    assert (status, err, len(told)) == (0, "", 3) and last.startswith("rows     6 read, 6 can be")
+    assert told[0].startswith(f"warning: {file}: line 1: field 'output' has '{{{{name}}}}', which")
+    assert more.endswith("and 2 more places with placeholders")
+
+
+def test_nothing_of_a_file_reaches_the_terminal_raw(data, tmp_path):
+    escape = "\x1b[2J\x1b]0;title\x07\u202e\x9b31m"
+    files = {
+        "a.jsonl": [{escape: "Hi", "instruction": "a"}] * 5,
+        "b.jsonl": [{escape: "Hi"}],
+        "c.jsonl": [dict(instruction="a", output=escape)],
+        "d.jsonl": [dict(messages=[dict(role=escape, content=escape)])],
+        "e.jsonl": [dict(instruction="a", output="b", tools=escape)],
+        f"{escape.replace('/', '')}.jsonl": [dict(instruction="a", output="b {{\u202e}}")],
+    }
+    for name, rows in files.items():
+        file = rows_file(tmp_path / name, rows)
+        status, out, err = data("check", file)
+        assert out + err and not set(out + err) & set("\x1b\x07\u202e\x9b"), name
+    file = rows_file(tmp_path / "f.csv", [])
+    file.write_text(f"a{escape}b,c\n1,2\n")
+    status, out, err = data("check", file)
+    assert status == 1 and not set(out + err) & set("\x1b\x07\u202e\x9b")
+
+
+def test_what_is_wrong_everywhere_is_told_once(data, tmp_path):
+    turns = [dict(role="user", content="Hi"), dict(role="assistant", content="Ho " * 99)]
+    rows = [dict(conversations=turns * (1 + i % 3), id=i) for i in range(175)]
+    file = rows_file(tmp_path / "f.jsonl", rows)
+    status, out, err = data("check", file)
+    one, two, last = out.splitlines()
+    assert (status, err) == (1, "")
+    assert one.startswith(f"{file}: line 1: field 'conversations[0].from' is missing (found: role")
+    assert "the same in 175 rows, of which this is one: {" in two and "accepted are" in two
+    assert len(two) < 700 and last == "rows     175 read, 0 can be used, 175 cannot"
+
+
+def test_what_is_wrong_in_many_rows_is_told_of_each(data, tmp_path):
+    bad = [dict(instruction=f"Hi {i}") for i in range(150)]
+    file = rows_file(tmp_path / "f.jsonl", [*bad, GOOD[0], *bad, dict(output="Ho")])
+    status, out, _ = data("check", file)
+    lines = out.splitlines()
+    assert status == 1 and "the same in 150 rows" in lines[1]
+    assert [line.split(": ")[1] for line in lines[2:-1]] == [f"line {n}" for n in range(152, 303)]
+    assert lines[-1] == "rows     302 read, 1 can be used, 301 cannot"
+    few = rows_file(tmp_path / "few.jsonl", bad[:2] + GOOD[:1])
+    assert data("check", few)[1].count("field 'output' is missing") == 2
+
+
+COLUMNS = ("--prompt-column", "question", "--completion-column", "answer")
+
+
+def test_columns_of_other_names(data, tmp_path):
+    rows = [dict(question=f"{word}?", answer=word) for word in world.NAMES]
+    file = rows_file(tmp_path / "f.jsonl", rows)
+    count = len(rows)
+    assert data("check", file)[0] == 1
+    done = f"rows     {count} read, {count} can be used, 0 cannot\n"
+    assert data("check", file, *COLUMNS) == (0, done, "")
+    assert data("convert", file, "--output", tmp_path / "new.jsonl", *COLUMNS)[0] == 0
+    assert len(read_rows(tmp_path / "new.jsonl")) == count
+    assert data("stats", file, *COLUMNS)[0] == 0
+    assert data("split", file, "--output", tmp_path / "parts", *COLUMNS)[0] == 0
+    status, out, err = data("check", file, "--prompt-column", "query")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "line 1: has no column 'query' (found: question, answer)" in err
+
+
+def test_a_real_file_with_columns_of_its_own(data, real_data):
+    file = real_data / "gsm8k_test.jsonl"
+    status, out, err = data("check", file, *COLUMNS)
+    assert (status, err) == (0, "") and "1,319 can be used, 0 cannot" in out
+    assert data("check", file)[0] == 1
 
 
 LIGHT = """

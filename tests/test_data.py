@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -20,14 +21,16 @@ from sftlab.data import (
     split_rows,
     to_messages,
 )
-from sftlab.errors import DataError, OutputError
+from sftlab.errors import DataError, MaskError, OutputError
 from sftlab.files.rows import read_messages, read_rows, rejected_path, scan, to_dataset
 from sftlab.files.writers import write_rows
+from sftlab.guards.data import parse_arguments, parse_tools
+from sftlab.guards.rows import check_message_rows, check_token_rows
 
-# A text that says something, and holds none of the marks and control characters that are refused.
+# A text that says something, and holds none of the control characters that are refused.
 texts = st.text(
     st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n\t\r"), min_size=1
-).filter(lambda t: t.strip() and "<" not in t and "[" not in t)
+).filter(lambda t: t.strip() and "[" not in t)  # a cell that begins with [ may be a list
 pairs = st.lists(st.tuples(texts, texts), min_size=1, max_size=4)
 fields = st.fixed_dictionaries(
     {},
@@ -108,7 +111,7 @@ alpaca_rows = st.builds(
 )
 speakers = {
     "user": ["human", "user"],
-    "assistant": ["gpt", "assistant", "chatgpt", "function_call"],
+    "assistant": ["gpt", "assistant", "chatgpt"],
     "tool": ["tool", "observation"],
     "system": ["system"],
 }
@@ -124,6 +127,9 @@ def sharegpt_rows(draw):
         }
         for t in draw(conversations())
     ]
+    if turns[-1]["from"] in speakers["assistant"] and draw(st.booleans()):
+        called = dict(value=json.dumps(draw(calls)))
+        turns[-1:-1] = [{"from": "function_call"} | called, {"from": "observation"} | called]
     system = {"system": draw(texts)} if turns[0]["from"] != "system" and draw(st.booleans()) else {}
     return dict(conversations=turns) | system | draw(fields)
 
@@ -143,6 +149,138 @@ def test_there_and_back_is_the_same_row(format):
         assert from_messages(to_messages(row), format) == row
 
     check()
+
+
+def called(**turn):
+    "A row in which the assistant calls a tool, with some fields of its turn changed."
+    call = dict(role="assistant", tool_calls=[dict(name="f")]) | turn
+    turns = [dict(role="user", content="Hi"), call, dict(role="tool", content="x")]
+    return dict(messages=turns + [dict(role="assistant", content="Done")])
+
+
+RIGHT_CALLS = [
+    [dict(name="f")],
+    [dict(name="f", arguments={})],
+    [dict(id="1", type="function", function=dict(name="f", arguments='{"a": 1}'))],
+    [dict(function=dict(name="f", arguments={"a": [None, {"b": "c"}]})), dict(name="g")],
+    [dict(function=dict(name="f", arguments="")), dict(name="g", arguments={})],
+]
+
+
+@pytest.mark.parametrize("calls", RIGHT_CALLS, ids=range(len(RIGHT_CALLS)))
+def test_calls_that_can_be_learned(calls):
+    row = called(tool_calls=calls)
+    assert to_messages(row) == row
+
+
+WRONG_CALLS = [
+    ("text", "'messages[1].tool_calls' is a string"),
+    (dict(name="f"), "'messages[1].tool_calls' is an object"),
+    (["f"], "'messages[1].tool_calls[0]' is a string"),
+    ([dict(arguments={})], "'messages[1].tool_calls[0]' has no name"),
+    ([dict(name="f"), dict(function=dict(name=""))], "calls[1].function' has no name"),
+    ([dict(function="f")], "'messages[1].tool_calls[0].function' is a string"),
+    ([dict(name="f", arguments=[1])], "calls[0].arguments' is a list"),
+    ([dict(name="f", arguments="Lima")], "calls[0].arguments' is a string that holds no JSON"),
+    ([dict(name="f", arguments='"{}"')], "calls[0].arguments' is a string that holds a string"),
+    ([dict(name="f", arguments='{"a": NaN}')], "arguments' is a string that holds no JSON"),
+    ([dict(name="f", arguments={"a": float("nan")})], "tool_calls' holds NaN or Infinity"),
+]
+
+
+@pytest.mark.parametrize("calls, why", WRONG_CALLS, ids=range(len(WRONG_CALLS)))
+def test_calls_that_cannot_be_learned(calls, why):
+    with pytest.raises(DataError) as e:
+        to_messages(called(tool_calls=calls))
+    assert why in str(e.value)
+
+
+def test_only_the_assistant_calls():
+    row = called()
+    row["messages"][0]["tool_calls"] = [dict(name="f")]
+    with pytest.raises(DataError, match="tool_calls' is in a turn by user: put it"):
+        to_messages(row)
+    row["messages"][0]["tool_calls"] = None
+    assert to_messages(row) == row
+
+
+def packed(value):
+    "A ShareGPT row with a call in a turn by function_call."
+    said = [("human", "Hi"), ("function_call", value), ("observation", "x"), ("gpt", "Done")]
+    return dict(conversations=[{"from": name, "value": text} for name, text in said])
+
+
+def test_a_turn_by_function_call_holds_a_call():
+    call = dict(name="f", arguments=dict(a=1))
+    for right in (call, [call, call], dict(name="f")):
+        assert from_messages(to_messages(packed(json.dumps(right))), "sharegpt") == packed(
+            json.dumps(right)
+        )
+    for wrong, why in (
+        ("I call f.", "'conversations[1].value' is by function_call and holds no JSON"),
+        ("", "'conversations[1].value' is null"),
+        ('{"arguments": {}}', "'conversations[1].value[0]' has no name"),
+        ('{"name": "f", "arguments": 1}', "'conversations[1].value[0].arguments' is a number"),
+        ("5", "'conversations[1].value' is a number"),
+    ):
+        with pytest.raises(DataError) as e:
+            to_messages(packed(wrong))
+        assert why in str(e.value)
+
+
+def test_tools_are_a_list_or_json_of_one():
+    tool = dict(name="f", parameters=dict(type="object"))
+    whole = dict(type="function", function=tool)
+    talk_of = lambda tools: dict(messages=talk([("a", "b")]), tools=tools)
+    for right in (None, "", [], "[]", [tool], [whole], json.dumps([tool]), [dict(name="g"), whole]):
+        assert to_messages(talk_of(right)) == talk_of(right)
+    for wrong, why in (
+        ("text", "field 'tools' is a string that holds no JSON"),
+        (tool, "field 'tools' is an object"),
+        (5, "field 'tools' is a number"),
+        ("5", "field 'tools' is a number"),
+        ([json.dumps(tool)], "field 'tools[0]' is a string"),
+        ([dict(type="function", function=dict(name=None))], "'tools[0].function' has no name"),
+        ([dict(name="f", parameters="none")], "'tools[0].parameters' is a string"),
+        ('{"a": 1', "field 'tools' is a string that holds no JSON"),
+    ):
+        with pytest.raises(DataError) as e:
+            to_messages(talk_of(wrong))
+        assert why in str(e.value)
+
+
+def test_tools_and_arguments_in_one_form():
+    tool = dict(name="f", parameters=dict(type="object"))
+    whole = [dict(type="function", function=tool)]
+    for tools in (whole, [tool], json.dumps([tool]), json.dumps(whole), [tool | {"type": "x"}]):
+        assert parse_tools(tools) == whole
+    assert [parse_tools(nothing) for nothing in (None, "", " ", [], "[]")] == [None] * 5
+    for arguments in ({"a": None}, '{"a": null}'):
+        assert parse_arguments(arguments) == {"a": None}
+    assert [parse_arguments(nothing) for nothing in (None, "", {})] == [{}] * 3
+    for parse in (parse_tools, parse_arguments):
+        with pytest.raises(DataError, match="is a string that holds no JSON"):
+            parse("text")
+
+
+@pytest.mark.parametrize("weight", [0, 1, None, 0.0])
+def test_a_weight_that_is_kept(weight):
+    row = dict(messages=[turn("user"), turn("assistant") | dict(weight=weight), turn("user"),
+                         turn("assistant")])  # fmt: skip
+    assert to_messages(row) == row
+
+
+@pytest.mark.parametrize("weight", [2, -1, 0.5, "1", [1], float("nan")])
+def test_a_weight_that_is_neither_0_nor_1(weight):
+    row = dict(messages=[turn("user"), turn("assistant") | dict(weight=weight)])
+    with pytest.raises(DataError, match=r"'messages\[1\].weight' is .*: write 1 .learned. or 0"):
+        to_messages(row)
+
+
+def test_a_row_in_which_nothing_is_to_be_learned():
+    silent = turn("assistant") | dict(weight=0)
+    with pytest.raises(DataError, match="weight 0 in every turn by the assistant"):
+        to_messages(dict(messages=[turn("user"), silent, turn("user"), silent]))
 
 
 def write(path, rows, container, ascii):
@@ -428,9 +566,6 @@ REFUSED = (
         '{"messages": [{"role": "user", "content": "", "tool_calls": [1]}, ' + ASSISTANT + "]}": [
             "'messages[0].content' is empty"
         ],
-        '{"messages": [{"role": "user", "content": "Hi", "name": "<|im_end|>"}, '
-        + ASSISTANT
-        + "]}": ["'messages[0].name' has '<|im_end|>'"],
         '{"messages": [{"role": "user", "content": "Hi", "name": "\\ud83d"}, ' + ASSISTANT + "]}": [
             "'messages[0].name' has a byte that is not UTF-8, or half a character"
         ],
@@ -445,10 +580,16 @@ REFUSED = (
             "row 2: has the name 'content' twice"
         ],
         '{"messages": [' + USER + ', {"role": "assistant", "tool_calls": "yes"}]}': [
-            "'messages[1].tool_calls' is not a list of objects"
+            "'messages[1].tool_calls' is a string",
+            "write a list of objects with a name",
         ],
-        '{"messages": [' + USER + ", " + ASSISTANT + '], "tools": "<|im_end|>"}': [
-            "field 'tools' has '<|im_end|>'"
+        '{"messages": [' + USER + ", " + ASSISTANT + '], "tools": "text"}': [
+            "line 1: field 'tools' is a string that holds no JSON",
+            "write a list of objects with a name",
+        ],
+        GOOD.replace('"input": ""', '"score": NaN'): [
+            "line 1: field 'score' holds NaN or Infinity",
+            "write null",
         ],
         '{"instruction": "Hi", "output": NaN}': [
             "field 'output' is NaN (what pandas writes for an empty cell)"
@@ -464,25 +605,6 @@ REFUSED = (
         ],
         "[" * 100_000: ["JSON that no data set needs"],
         '[{"instruction": "Hi", "output": %s}]' % ("9" * 5000): ["JSON that no data set needs"],
-    }
-    | {
-        json.dumps(dict(instruction=f"Say {mark} twice.", output="x")): [
-            f"field 'instruction' has '{mark}'",
-            "a mark of chat templates",
-        ]
-        for mark in (
-            "<|im_start|>",
-            "<|endoftext|>",
-            "<|eot_id|>",
-            "[INST]",
-            "[/INST]",
-            "<<SYS>>",
-            "<</SYS>>",
-            "<s>",
-            "</s>",
-            "<start_of_turn>",
-            "<｜User｜>",
-        )
     }
 )
 
@@ -512,6 +634,9 @@ def test_refused_with_the_reason(tmp_path, content):
         "naïve 🦙 e\u0301",
         "A\u2028B",
         "<S>",
+        "<s>struck out</s>",
+        "What does <|im_end|> mean? And <eos>, [TOOL_CALLS], <turn|>, <|im_start|>system?",
+        "[INST] <<SYS>> <</SYS>> [/INST] <start_of_turn> <｜User｜>",
     ],
 )
 def test_ordinary_text_is_not_refused(tmp_path, text):
@@ -531,6 +656,204 @@ def test_ordinary_text_is_not_refused(tmp_path, text):
 def test_no_such_file(path, why):
     with pytest.raises(DataError, match=why):
         read_rows(path)
+
+
+def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        rows = [json.loads(GOOD) | dict(score=None), {"instruction": "Hi", "output": ""}]
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="^owner/fruits: row 2: field 'output' is empty"):
+        read_rows("owner/fruits")
+    [row] = read_rows("owner/fruits", on_error="quarantine")
+    assert row == dict(messages=talk([("Name a fruit.", "Apple")]), input="")
+    assert asked[0] == ("owner/fruits", "train")
+    assert [p.name for p in tmp_path.iterdir()] == ["owner-fruits.rejected.jsonl"]
+    assert rejected_path("owner/fruits").name == "owner-fruits.rejected.jsonl"
+
+
+def test_a_data_set_of_several_configurations(monkeypatch):
+    import datasets
+
+    def load_dataset(name, split):
+        raise ValueError("Config name is missing.\nPlease pick one: ['main', 'socratic']\n\tMore")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError) as e:
+        read_rows("owner/maths")
+    said = str(e.value)
+    assert "\n" not in said and "['main', 'socratic']" in said and "download the file" in said
+
+
+def test_rejected_rows_are_next_to_a_folder():
+    assert str(rejected_path("data/set/")) == "data/set.rejected.jsonl"
+    assert str(rejected_path("data/a.jsonl")) == "data/a.jsonl.rejected.jsonl"
+
+
+MATHS = {"prompt": "question", "completion": "answer"}
+
+
+@pytest.mark.parametrize("name", ["f.jsonl", "f.json", "f.csv", "f.parquet"])
+def test_columns_of_other_names(tmp_path, name):
+    rows = [dict(prompt=f"{i} + 1?", completion=str(i + 1), level="easy") for i in range(3)]
+    renamed = [{MATHS.get(k, k): v for k, v in row.items()} for row in rows]
+    if name == "f.parquet":
+        import datasets
+
+        datasets.Dataset.from_list(renamed).to_parquet(tmp_path / name)
+    elif name == "f.csv":
+        lines = [",".join(renamed[0]), *(",".join(row.values()) for row in renamed)]
+        (tmp_path / name).write_text("\n".join(lines))
+    else:
+        write(tmp_path / name, renamed, name[1:], False)
+    want = [to_messages(row) for row in rows]
+    assert read_rows(tmp_path / name, columns=MATHS) == want
+    assert list(read_messages(tmp_path / name, columns=MATHS)) == want
+    assert [r.source for r in scan(tmp_path / name, MATHS)] == renamed
+    with pytest.raises(DataError) as e:
+        read_rows(tmp_path / name, columns={"prompt": "query", "completion": "answer"})
+    assert "has no column 'query' (found: question, answer, level)" in str(e.value)
+    with pytest.raises(DataError, match="has no column 'no' .*found: question,answer,level|'no'"):
+        read_rows(tmp_path / name, columns={"prompt": "no", "completion": "none"})
+
+
+def test_a_column_may_hold_turns(tmp_path):
+    question = json.dumps([turn("user", "Hi")]).replace('"', '""')
+    answer = json.dumps([turn("assistant", "Ho")]).replace('"', '""')
+    (tmp_path / "f.csv").write_text(f'question,answer\n"{question}","{answer}"\n')
+    [row] = read_rows(tmp_path / "f.csv", columns=MATHS)
+    assert row == dict(messages=talk([("Hi", "Ho")]))
+
+
+def test_what_is_wrong_is_told_in_the_names_of_the_file(tmp_path):
+    good = dict(question="Hi", answer="Ho")
+    for rows, why in (
+        ([good, dict(question="Hi", answer="")], "line 2: field 'answer' is empty"),
+        ([good, dict(question="Hi")], "line 2: has no column 'answer' (found: question)"),
+        ([good | dict(prompt="x")], "has a column 'prompt', which 'question' was to be read as"),
+        ([good | dict(messages=[])], "fields prompt and messages are both there"),
+    ):
+        (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        with pytest.raises(DataError) as e:
+            read_rows(tmp_path / "f.jsonl", columns=MATHS)
+        assert why in str(e.value)
+    with pytest.raises(DataError, match="there is no column 'question': choose one of prompt"):
+        read_rows(tmp_path / "f.jsonl", columns={"question": "prompt"})
+
+
+def test_a_real_file_with_columns_of_its_own(real_data):
+    rows = read_rows(real_data / "gsm8k_test.jsonl", columns=MATHS)
+    lines = (real_data / "gsm8k_test.jsonl").read_text("utf-8").splitlines()
+    assert len(rows) == len(lines) > 1000
+    first = json.loads(lines[0])
+    assert rows[0]["messages"] == talk([(first["question"], first["answer"])])
+
+
+def test_an_unknown_file_is_shown_by_one_row(tmp_path):
+    rows = [dict(dialog=[dict(speaker="A", text="long " * 99)]) for _ in range(175)]
+    (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError) as e:
+        read_rows(tmp_path / "f.jsonl")
+    said = str(e.value)
+    assert "\n" not in said and "found the fields dialog: accepted are" in said
+    assert '(the row: {"dialog": [{"speaker": "A"' in said and len(said) < 800
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_none(tmp_path, number):
+    row = dict(messages=talk([("a", "b")]), score=[dict(x=number)])
+    for value in (row, dict(messages=[row["messages"][0] | dict(n=number), row["messages"][1]])):
+        with pytest.raises(DataError, match="(score|messages.0..n)' holds NaN or Infinity"):
+            to_messages(value)
+    for name in ("f.jsonl", "f.json", "f.csv", "f.parquet"):
+        with pytest.raises(DataError, match="NaN|Infinity|not JSON compliant|cannot hold"):
+            write_rows([row], tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+    assert to_messages(dict(messages=row["messages"], score="NaN"))["score"] == "NaN"
+
+
+def test_an_empty_cell_of_a_table_of_numbers_is_nothing(tmp_path):
+    import pandas as pd
+
+    rows = dict(instruction=["a", "b"], output=["c", "d"], score=[1.5, None])
+    pd.DataFrame(rows).to_parquet(tmp_path / "pandas.parquet")
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    table = pyarrow.table(rows | dict(score=[1.5, float("nan")]))
+    write_table(table, tmp_path / "nan.parquet")
+    for name in ("pandas.parquet", "nan.parquet"):
+        one, two = read_rows(tmp_path / name)
+        assert one["score"] == 1.5 and "score" not in two
+
+
+# --- rows of messages, rows of tokens
+
+TALK, TOKENS = [dict(messages=talk([("a", "b")]))], [dict(input_ids=[1, 2], labels=[-100, 2])]
+
+
+def both(check, rows):
+    with pytest.raises(MaskError) as e:
+        check(rows, MaskError)
+    return str(e.value)
+
+
+def test_rows_of_messages_and_rows_of_tokens(tmp_path):
+    from datasets import Dataset
+
+    (tmp_path / "f").write_text(GOOD + "\n" + OTHER)
+    for form in (list, tuple, Dataset.from_list):
+        check_message_rows(form(TALK), DataError)
+        check_token_rows(form(TOKENS), DataError)
+        assert "holds input_ids, not messages" in both(check_message_rows, form(TOKENS))
+        said = both(check_token_rows, form(TALK))
+        assert "encode first, with `sftlab.masking.encode_rows(tokenizer, rows)`" in said
+    check_message_rows(read_messages(tmp_path / "f"), DataError)
+    check_message_rows([], DataError)
+    check_token_rows([], DataError)
+    mixed = Dataset.from_list([TALK[0] | dict(input_ids=None), TALK[0] | dict(input_ids=[1])])
+    check_message_rows(mixed, DataError)  # None counts as missing
+    assert "encode first" in both(check_token_rows, mixed)
+
+
+@pytest.mark.parametrize(
+    "rows, why",
+    [
+        ("chats.jsonl", "rows are 'chats.jsonl', a string or path: read a file with"),
+        (Path("a/b.json"), "a string or path"),
+        (TALK[0], "rows are one dict: make it a list of rows"),
+        (dict(input_ids=[1], labels=[1]), "rows are one dict"),
+        ([dict(instruction="a", output="b")], "read_messages`"),
+        ([dict(conversations=[])], "found: conversations"),
+        (TALK[0]["messages"], "row 1 is one message"),
+        ([TALK[0]["messages"]], "row 1 is a list: make a row of the messages"),
+        ((row for row in TALK), "of the type generator: give a list"),
+        (None, "rows are null"),
+        ([None], "row 1 is null where a dict is wanted"),
+        ([dict(messages=None)], "read_messages`"),
+    ],
+    ids=range(12),
+)
+def test_what_is_no_list_of_rows(rows, why):
+    for check in (check_message_rows, check_token_rows):
+        assert why in both(check, rows)
+
+
+def test_tables_that_are_no_list_of_rows():
+    import pandas as pd
+    from datasets import Dataset, DatasetDict
+
+    parts = DatasetDict(train=Dataset.from_list(TALK), test=Dataset.from_list(TALK))
+    assert "in parts (train, test): give one of them" in both(check_message_rows, parts)
+    assert "of the type DataFrame" in both(check_token_rows, pd.DataFrame(TALK))
+    assert "row 1 has no labels" in both(check_token_rows, [dict(input_ids=[1])])
 
 
 def test_a_folder_is_loaded_as_a_data_set(tmp_path):

@@ -8,19 +8,26 @@ import sys
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BertConfig,
     GPT2Config,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
+    MixtralConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
+from sftlab.audit.architectures import model_sizes, shortened, trained_sizes
 from sftlab.audit.memory import (
     fake_peak,
     fake_saved_bytes,
+    forward_loss,
+    has_sdpa,
     linear4bit_bytes,
     measure,
     meter,
@@ -29,6 +36,7 @@ from sftlab.audit.memory import (
     state_bytes,
 )
 from sftlab.errors import MemoryEstimateError
+from sftlab.guards import memory as guards
 from sftlab.memory import (
     CONFIGS,
     METHODS,
@@ -316,6 +324,121 @@ def test_what_fits_fits_and_one_more_does_not(model, method, card, length):
     assert longest >= length and total(batch, longest) <= room < total(batch, longest + 1)
 
 
+# --- models without a formula: counted
+
+COUNTED = dict(vocab_size=4000, hidden_size=128, num_hidden_layers=5, num_attention_heads=4)
+GATED = COUNTED | dict(intermediate_size=256, num_key_value_heads=2)
+VISION = dict(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+    image_size=56, patch_size=14,
+)
+KINDS = dict(
+    gemma=GATED | dict(head_dim=48),
+    gemma2=GATED | dict(head_dim=32),
+    gemma3=dict(
+        text_config=GATED | dict(head_dim=32), vision_config=VISION, mm_tokens_per_image=4
+    ),
+    gemma3_text=GATED | dict(head_dim=32),
+    gpt2=COUNTED,
+    gpt_neox=COUNTED | dict(intermediate_size=512),
+    opt=COUNTED | dict(ffn_dim=512, word_embed_proj_dim=128),
+    bloom=COUNTED,
+    phi3=GATED | dict(pad_token_id=0),
+    olmo2=GATED,
+    granite=GATED,
+    smollm3=GATED | dict(pad_token_id=0),
+    starcoder2=GATED,
+)
+
+
+def counted(kind):
+    return AutoConfig.for_model(kind, **KINDS[kind])
+
+
+def above(e):
+    "Bytes that are not there before a step."
+    return e.total - sum(e.terms[name] for name in ("weights", "adapters", "optimiser"))
+
+
+def test_every_counted_kind_is_tested():
+    assert set(KINDS) == set(guards.COUNTED_KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counted_parameters_are_those_of_the_built_model(kind):
+    config = counted(kind)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    e = estimate(config, "full", 1, 16, precision="bf16")
+    assert e.terms["weights"] == 2 * model.num_parameters()
+    assert sorted(sum(model_sizes(config), [])) == sorted(p.numel() for p in model.parameters())
+    assert estimate(model, "full", 1, 16, precision="bf16") == e
+    lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, lora).get_nb_trainable_parameters()[0]
+    assert sum(trained_sizes(config, "lora", r=8)) == adapted
+    matrices = [m.base_layer.weight for m in model.modules() if hasattr(m, "base_layer")]
+    assert sorted(model_sizes(config)[0]) == sorted(w.numel() for w in matrices)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counted_peaks_are_those_of_all_layers(kind):
+    """Two and three layers stand for five: within 2 % of what the meter sees in the whole model."""
+    config = counted(kind)
+    attention = "sdpa" if has_sdpa(config) else "eager"
+    for method, precision, checkpointing in (("full", "bf16", False), ("lora", "mixed", True)):
+        options = dict(precision=precision, checkpointing=checkpointing)
+        e = estimate(config, method, 2, 64, **options)
+        whole = shortened(config, 5, attention)
+        assert above(e) == pytest.approx(sum(fake_peak(whole, 2, 64, method, **options)), rel=0.02)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_count_agrees_with_the_formula(monkeypatch, method, attention, checkpointing):
+    config = LlamaConfig(**SMALL | dict(vocab_size=16000, num_hidden_layers=6))
+    run = dict(attention=attention, checkpointing=checkpointing)
+    formula = estimate(config, method, 2, 256, **run)
+    monkeypatch.setattr(guards, "COUNTED_KINDS", ("llama",))
+    count = estimate(config, method, 2, 256, **run)
+    assert count.total == pytest.approx(formula.total, rel=0.05)
+    assert set(count.terms) == set(formula.terms) == set(count.formulas)
+    for name in ("weights", "4-bit constants", "adapters", "gradients", "optimiser"):
+        assert count.terms[name] == formula.terms[name]
+    assert "counted" in count.formulas["activations"]
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gpt2", "opt"])
+def test_counted_is_real(kind):
+    "The same step with real tensors on the CPU, dropout inside attention left out."
+    config = shortened(counted(kind), 5, "sdpa")
+    model = random_model(config, "full", "bf16", device="cpu")
+    forward_loss(model, 1, 8, "bf16").backward()
+    with meter() as used:
+        forward_loss(model, 4, 64, "bf16").backward()
+    e = estimate(config, "full", 4, 64, precision="bf16", checkpointing=False)
+    gradients = 2 * sum(p.numel() for p in model.parameters())
+    assert above(e) - gradients == pytest.approx(used.peak, rel=0.02)
+
+
+def test_counted_estimates_grow_and_fit():
+    config = counted("gemma")
+    for method in METHODS:
+        totals = [estimate(config, method, *n).total for n in ((1, 64), (2, 64), (2, 96), (8, 512))]
+        assert totals == sorted(set(totals))
+    tokens = max_that_fits(config, "lora", 0.05, batch=2)
+    room = 0.9 * 0.05 * 2**30
+    assert estimate(config, "lora", 2, tokens).total <= room
+    assert estimate(config, "lora", 2, tokens + 1).total > room
+
+
+def test_without_sdpa_a_model_is_counted_as_eager():
+    config = counted("bloom")
+    e = estimate(config, "lora", 1, 64)
+    assert e.total == estimate(config, "lora", 1, 64, attention="eager").total
+    assert "eager, transformers has no sdpa for bloom" in e.formulas["activations"]
+
+
 SEVEN = "llama-2-7b"
 SAYS = [
     (
@@ -329,8 +452,23 @@ SAYS = [
     (max_that_fits, (SEVEN, "lora", 24), dict(batch=1, length=1), "either batch or length"),
     (max_that_fits, (SEVEN, "lora", -1), dict(batch=1), "more than 0 GB"),
     (max_that_fits, (SEVEN, "lora", float("inf")), dict(batch=1), "finite size"),
+    (max_that_fits, (SEVEN, "lora", 1e308), dict(batch=1), "at most a million"),
     (estimate, ("llama-7", "full"), {}, "llama-2-7b"),
-    (estimate, (GPT2Config(), "full"), {}, "gpt2 cannot be estimated"),
+    (
+        estimate,
+        (MambaConfig(), "full"),
+        {},
+        "mamba cannot be estimated: the kinds .* are llama, .*gemma",
+    ),
+    (estimate, (MixtralConfig(), "full"), {}, "mixtral cannot be estimated"),
+    (estimate, (BertConfig(), "full"), {}, "bert cannot be estimated"),
+    (count_parameters, (GPT2Config(),), {}, "no formula for gpt2: `estimate` counts"),
+    (estimate, (LlamaConfig(num_hidden_layers=10**9), "full"), {}, "no model has so many"),
+    (estimate, (GPT2Config(n_layer=10**9), "full"), {}, "no model has so many"),
+    (estimate, (GPT2Config(), "full", 10**9, 10**12), {}, "more than can be counted"),
+    (estimate, (GPT2Config(), "full"), dict(fused_head=True), "fused_head is not known for gpt2"),
+    (estimate, (GPT2Config(n_head=7, n_layer=2), "full"), {}, "gpt2: no such model can be built"),
+    (estimate, (GPT2Config(n_layer=2), "lora"), dict(target_modules=["query"]), "gpt2: .*query"),
     (estimate, (object(), "full"), {}, "object cannot be estimated"),
     (
         estimate,

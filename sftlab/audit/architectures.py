@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSS', 'BACKWARD', 'AFTER', 'WORDS', 'SHORT', 'model_sizes', 'trained_sizes', 'shortened', 'moments', 'count_run']
 
-# %% ../../nbs/reference/audit/architectures.ipynb #fe9a439d
+# %% ../../nbs/reference/audit/architectures.ipynb #ec554abc
 import copy
 
 import torch
@@ -15,7 +15,7 @@ from .memory import (forward_loss, has_sdpa, linear_modules, make_fake, meter,
                                  random_model)
 from ..guards.memory import check_countable, counting_fails
 
-# %% ../../nbs/reference/audit/architectures.ipynb #3d1817ca
+# %% ../../nbs/reference/audit/architectures.ipynb #95e65f31
 def model_sizes(
     model, # a config or a model of transformers, of a kind in `COUNTED_KINDS`
 ) -> tuple: # sizes of the matrices in linear layers, and of all other parameters
@@ -37,7 +37,7 @@ def trained_sizes(
     adapted = random_model(model, "lora", "bf16", r=r, target_modules=target_modules)
     return [p.numel() for p in adapted.parameters() if p.requires_grad]
 
-# %% ../../nbs/reference/audit/architectures.ipynb #80f62f83
+# %% ../../nbs/reference/audit/architectures.ipynb #215ce589
 LOSS, BACKWARD, AFTER = "logits", "a layer's backward", "after the layers"
 WORDS = {LOSS: "logits and what is there with them", BACKWARD: "gradients on the way",
          AFTER: "gradients of the embedding"}
@@ -95,7 +95,7 @@ def moments(
     note(AFTER if BACKWARD in peaks else BACKWARD)
     return {AFTER: 0} | peaks
 
-# %% ../../nbs/reference/audit/architectures.ipynb #364dee47
+# %% ../../nbs/reference/audit/architectures.ipynb #2e316a87
 SHORT = 2, 3 # layers
 _KEPT = {} # what describes a run's model -> its fake models, with their mode
 
@@ -125,7 +125,7 @@ def _step(mode, fakes, n, batch, length, precision): # moment -> its bytes, and 
     found = {moment: (two[moment] + (n - SHORT[0]) * each[moment], each[moment]) for moment in each}
     return found | {AFTER: (two[AFTER], 0)}
 
-# %% ../../nbs/reference/audit/architectures.ipynb #6c8167e9
+# %% ../../nbs/reference/audit/architectures.ipynb #6981647b
 def _terms(found, layers, note): # name -> (bytes, how); the moment that is not the peak
     peak, other, *_ = sorted(found, key=lambda moment: -found[moment][0])
     size, each = found[peak]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST', 'check_lora_options', 'check_target_modules', 'check_targets', 'check_replaceable', 'check_matrix',
            'check_token_ids', 'check_mergeable', 'check_merged', 'check_not_merged', 'check_effective',
-           'check_adapter_folder', 'check_original_weights', 'check_merge']
+           'check_adapter_folder', 'check_original_weights', 'check_not_shared', 'check_merge']
 
 # %% ../../nbs/reference/guards/lora.ipynb #7d794305
 import json
@@ -160,7 +160,7 @@ def check_effective(
         raise LoRAError(f"lora_B is zero in {len(idle)} of {len(layers)} layers, "
                         f"such as {idle[0]}: it was not trained, or its weights were not loaded")
 
-# %% ../../nbs/reference/guards/lora.ipynb #48d2a8de
+# %% ../../nbs/reference/guards/lora.ipynb #5813ffb4
 def check_adapter_folder(
     folder, # whose adapter shall be merged
 ):
@@ -190,7 +190,18 @@ def check_original_weights(
         raise LoRAError(f"{name} is stored quantised, so there are no original weights to merge "
                         "into: choose --into dequantized")
 
-# %% ../../nbs/reference/guards/lora.ipynb #8615a7bb
+def check_not_shared(
+    layers, # that have an adapter, as PEFT makes them
+    model, # that they are in
+):
+    "Refuse an adapter on a weight that another layer shares, by raising a `LoRAError`."
+    weights = [p for m in model.modules() for p in m._parameters.values() if p is not None]
+    for layer in layers:
+        if sum(p is layer.get_base_layer().weight for p in weights) > 1:
+            raise LoRAError("the adapter is on an embedding that is the output layer, too, and a "
+                            "merge would change both: use the adapter as it is")
+
+# %% ../../nbs/reference/guards/lora.ipynb #24f17c98
 MOST = {"float32": 0.005, "float16": 0.03, "bfloat16": 0.1, "four-bit": 1.0}
 
 def check_merge(
@@ -198,9 +209,10 @@ def check_merge(
     formats, # number formats in which they were written and computed, keys of `MOST`
 ):
     "Refuse a merged model that answers otherwise, by raising a `LoRAError`."
-    most = max(MOST[name] for name in formats)
-    if not moved <= most: # also where it is no number
+    coarsest = max(formats, key=MOST.get)
+    if not moved <= MOST[coarsest]: # also where it is no number
+        advice = "use the adapter as it is" if coarsest == "float32" else "try --dtype float32"
         raise LoRAError(
-            f"the merged model is not what was merged: its logits are {moved:.2g} of their spread "
-            f"away, and rounding to {' and '.join(formats)} explains {most:g}: nothing is written; "
-            "--dtype float32 rounds least")
+            f"the merged model is not what was merged, and is not kept: its logits are {moved:.2g} "
+            f"of their spread away, and rounding to {coarsest} explains {MOST[coarsest]:g} at "
+            f"most: {advice}")

@@ -85,7 +85,7 @@ def counting_fails(
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise MemoryEstimateError(f"{kind}: no such model can be built and run: {why}") from e
 
-# %% ../../nbs/reference/guards/memory.ipynb #dce5f17e
+# %% ../../nbs/reference/guards/memory.ipynb #7bba7b96
 def in_four_bits(
     model, # a name or a config
 ) -> bool: # whether its weights are in four bits, by bitsandbytes

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MessageRow', 'TokenRow', 'check_message_rows', 'check_token_rows']
 
-# %% ../../nbs/reference/guards/rows.ipynb #0c8d671a
+# %% ../../nbs/reference/guards/rows.ipynb #b6a96147
 from typing import NotRequired, TypedDict
 
 from .data import kind_of
 
-# %% ../../nbs/reference/guards/rows.ipynb #ef7f46f4
+# %% ../../nbs/reference/guards/rows.ipynb #7678a852
 class MessageRow(TypedDict):
     "A conversation, as `sftlab.files.rows.read_messages` gives it."
     messages:list # of {"role", "content"}; a turn may have more
@@ -21,10 +21,10 @@ class TokenRow(TypedDict):
     input_ids:list # numbers of tokens
     labels:list # the same numbers, and -100 where nothing is learned
 
-# %% ../../nbs/reference/guards/rows.ipynb #91befdbf
+# %% ../../nbs/reference/guards/rows.ipynb #19e58592
 _READ = "read a file with `sftlab.files.rows.read_messages`"
 
-def _first_row(rows, error) -> dict: # without the fields that are None; {} if there are no rows
+def _first_row(rows, error) -> dict: # without the fields that are None; None: there are no rows
     "The first of some rows, or an `error` where they are none."
     if isinstance(rows, str) or hasattr(rows, "__fspath__"):
         raise error(f"rows are {str(rows)[:60]!r}, a string or path: {_READ}, and give its rows")
@@ -32,9 +32,12 @@ def _first_row(rows, error) -> dict: # without the fields that are None; {} if t
         raise error(f"rows are a data set in parts ({', '.join(rows)}): give one of them")
     if isinstance(rows, dict):
         raise error("rows are one dict: make it a list of rows, such as [row]")
-    if not (isinstance(rows, (list, tuple)) or hasattr(rows, "column_names")):
+    table = hasattr(rows, "column_names") and hasattr(rows, "__len__")
+    if not (isinstance(rows, (list, tuple)) or table):
         raise error(f"rows are {kind_of(rows)}: give a list of dicts, or a `datasets.Dataset`")
-    row = next(iter(rows), {})
+    if not len(rows):
+        return None
+    row = next(iter(rows))
     if isinstance(row, list):
         raise error('row 1 is a list: make a row of the messages, such as {"messages": messages}')
     if not isinstance(row, dict):
@@ -50,7 +53,7 @@ def check_message_rows(
 ):
     "Refuse, by raising `error`, what is no list of `MessageRow`; only the first is looked at."
     row = _first_row(rows, error)
-    if not row or "messages" in row:
+    if row is None or "messages" in row:
         return
     if "input_ids" in row:
         raise error("row 1 holds input_ids, not messages: this function encodes by itself; give it "
@@ -65,7 +68,7 @@ def check_token_rows(
 ):
     "Refuse, by raising `error`, what is no list of `TokenRow`; only the first is looked at."
     row = _first_row(rows, error)
-    if not row or "input_ids" in row and "labels" in row:
+    if row is None or "input_ids" in row and "labels" in row:
         return
     encode = "`sftlab.masking.encode_rows(tokenizer, rows)`"
     if "messages" in row:

@@ -6,42 +6,57 @@
 __all__ = ['chat_command']
 
 # %% ../../nbs/reference/program/chat.ipynb #48573b07
+import math
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import ModelError
-from ..models import load
-from .app import app, examples, quiet
+from ..errors import DataError, ModelError, TemplateError
+from ..guards.data import parse_tools
+from ..models import load, max_positions
+from .app import app, examples, quiet, shown
 
 # %% ../../nbs/reference/program/chat.ipynb #b2f3fa66
-def _prompt(tokenizer, messages:list) -> list: # token ids, up to where the assistant speaks
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+def _prompt(tokenizer, messages:list, tools=None) -> list: # token ids, to where the model speaks
+    from sftlab.rendering import prompt_ids
+    return prompt_ids(tokenizer, messages, tools)
 
 # %% ../../nbs/reference/program/chat.ipynb #c179a7ce
 def _within(
     tokenizer, # with a chat template
     messages:list, # the conversation, the newest question last
-    limit:int, # tokens that the prompt may have
+    limit:float, # tokens that the prompt may have
+    tools:list=None, # what the model may call
 ) -> tuple: # messages that fit (none if not even the newest question does), and their token ids
     "Drop the oldest turns until the prompt fits."
-    while messages and len(ids := _prompt(tokenizer, messages)) > limit:
-        messages = messages[2:]
-    return messages, ids
+    first = 1 if messages[0]["role"] == "system" else 0
+    system, turns = messages[:first], messages[first:]
+    while len(ids := _prompt(tokenizer, system + turns, tools)) > limit:
+        questions = [i for i, message in enumerate(turns) if message["role"] == "user"]
+        if len(questions) < 2:
+            return [], ids
+        turns = turns[questions[1]:]
+    return system + turns, ids
 
 # %% ../../nbs/reference/program/chat.ipynb #0057866d
 def _reply(
     model, tokenizer,
-    messages:list, # the conversation, the newest question last
+    messages:list, # the conversation, the newest question (or a tool's result) last
     room:int, # tokens that the answer may have
+    tools:list=None, # what the model may call
+    temperature:float=0, seed:int=0, # see `generation.stream`
 ) -> list: # the conversation as the model saw it, with its answer; without a question too long
     "Print an answer as it is made; Ctrl-C stops it, and what was said until then counts."
     from sftlab.generation import stream
-    limit = model.config.max_position_embeddings - room
-    kept, ids = _within(tokenizer, messages, limit)
+    limit = (max_positions(model) or math.inf) - room
+    try:
+        kept, ids = _within(tokenizer, messages, limit, tools)
+    except TemplateError as e:
+        print(f"({shown(str(e))})")
+        return messages[:-1]
     if not kept:
         print(f"(too long: {len(ids)} tokens, and {limit} fit into the model's context: "
               "ask in fewer words)")
@@ -51,36 +66,114 @@ def _reply(
         print(f"(the context is full: the oldest {forgotten} messages are forgotten)")
     answer = ""
     try:
-        for piece in stream(model, tokenizer, ids, max_new_tokens=room, temperature=0):
-            print(piece, end="", flush=True)
+        for piece in stream(model, tokenizer, ids, max_new_tokens=room, temperature=temperature,
+                            seed=seed):
+            print(shown(piece, lines=True), end="", flush=True)
             answer += piece
     except KeyboardInterrupt:
         print(" (stopped)", end="")
     print(flush=True)
     return kept + [dict(role="assistant", content=answer)]
 
+# %% ../../nbs/reference/program/chat.ipynb #2f019ea9
+def _asked(
+    text:str, # a line that somebody typed
+    messages:list, # the conversation until then
+    tools:list, # what the model may call; None where there are none
+) -> dict: # a message; None where there is nothing to send
+    "The message that a line is."
+    command, _, result = text.partition(" ")
+    if command != "/tool":
+        return dict(role="user", content=text)
+    if not tools:
+        print("(there are no tools: start with --tools FILE)")
+    elif not result.strip():
+        print("(write the tool's result after /tool, in one line)")
+    elif not messages or messages[-1]["role"] != "assistant":
+        print("(nothing was called: ask something first)")
+    else:
+        return dict(role="tool", content=result.strip())
+    return None
+
+# %% ../../nbs/reference/program/chat.ipynb #508bcc17
+def _temperature(value:float) -> float:
+    if value != 0 and not 0.01 <= value <= 100:
+        raise typer.BadParameter("choose 0 (always the likeliest token), or 0.01 to 100")
+    return value
+
+def _tools_of(path:Path) -> list: # as chat templates expect them; None without a file
+    if path is None:
+        return None
+    try:
+        tools = parse_tools(path.read_text("utf-8-sig"))
+    except (DataError, ValueError) as e:
+        raise DataError(f"{path}: {e}") from e
+    if not tools:
+        raise DataError(f"{path} holds no tools: it must be a JSON list of at least one")
+    return tools
+
+def _check_taken(tokenizer, system, tools):
+    "Refuse a system message, or tools, that the chat template does not take."
+    question = [dict(role="user", content="Hello")]
+    with_system = [dict(role="system", content=system or ""), *question]
+    for given, option, messages, offered in ((system, "--system", with_system, None),
+                                             (tools, "--tools", question, tools)):
+        try:
+            if given:
+                _prompt(tokenizer, messages, offered)
+        except TemplateError as e:
+            raise TemplateError(f"{option}: {e}") from e
+
+def _room(model, wanted) -> int:
+    "Tokens that an answer may have: at most half of what the model can take, if nothing is said."
+    limit = max_positions(model)
+    if wanted is None:
+        return min(512, (limit or math.inf) // 2)
+    if limit and wanted >= limit:
+        raise ModelError(f"--max-new-tokens {wanted} leaves no room for a question: the model "
+                         f"takes {limit} tokens in all")
+    return wanted
+
 # %% ../../nbs/reference/program/chat.ipynb #19afe123
 @app.command("chat", epilog=examples(
     "sftlab chat runs/first",
+    "sftlab chat runs/first --system 'You answer in French.' --temperature 0.7",
     "sftlab chat tiny      (the base model: it goes on, and does not answer)",
     "echo 'Who are you?' | sftlab chat runs/first"))
 def chat_command(
     model:Annotated[str, typer.Argument(
         metavar="DIR", help="What `sftlab train` made (a model or an adapter), or whatever its "
                             "--model takes.")],
+    system:Annotated[str, typer.Option(
+        metavar="TEXT", help="A system message: what the model is told before you speak.")]=None,
+    temperature:Annotated[float, typer.Option(
+        callback=_temperature, help="How freely tokens are drawn; 0 always takes the "
+                                    "likeliest.")]=0,
+    max_new_tokens:Annotated[int, typer.Option(
+        min=1, show_default="512, or half of the model's context",
+        help="The longest that an answer may get.")]=None,
+    tools:Annotated[Path, typer.Option(
+        metavar="FILE", exists=True, dir_okay=False,
+        help="A JSON list of tools that the model may call. It shows its call; you type "
+             "`/tool RESULT`.")]=None,
+    seed:Annotated[int, typer.Option(
+        min=0, max=2**32 - 1, help="Of the draw, where there is a temperature.")]=0,
 ):
     "Talk to a model. Ctrl-C stops an answer; Ctrl-D or /quit ends the conversation."
+    offered = _tools_of(tools)
     quiet()
     net, tokenizer = load(model)
     if not tokenizer.chat_template:
         raise ModelError(f"{model} has no chat template, so it cannot chat: "
                          "train it first, or take another model")
-    room = min(512, net.config.max_position_embeddings // 2)
-    terminal, messages = sys.stdin.isatty(), []
+    _check_taken(tokenizer, system, offered)
+    room = _room(net, max_new_tokens)
+    messages = [dict(role="system", content=system)] if system else []
+    terminal = sys.stdin.isatty()
     if terminal:
         with suppress(ImportError):
             import readline  # noqa: F401 (arrow keys and history; Windows has them anyway)
-        print(f"{model} on {net.device.type}. Ctrl-C stops an answer; Ctrl-D or /quit ends.")
+        print(f"{shown(model)} on {net.device.type}. Ctrl-C stops an answer; Ctrl-D or /quit ends.")
     while True:
         try:
             text = input("> " if terminal else "").strip()
@@ -91,8 +184,7 @@ def chat_command(
             continue
         if text == "/quit":
             break
-        if text:
-            question = dict(role="user", content=text)
-            messages = _reply(net, tokenizer, [*messages, question], room)
+        if text and (asked := _asked(text, messages, offered)):
+            messages = _reply(net, tokenizer, [*messages, asked], room, offered, temperature, seed)
     if terminal:
         print()

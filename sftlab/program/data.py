@@ -60,7 +60,7 @@ def _counted(rows): # with a bar where there is a terminal
     from tqdm import tqdm
     return tqdm(rows, unit=" rows", disable=None, leave=False)
 
-# %% ../../nbs/reference/program/data.ipynb #43ef7d6b
+# %% ../../nbs/reference/program/data.ipynb #0a512c9e
 _PLACEHOLDER = re.compile(r"\{\{[^{}\n]{1,60}\}\}")
 _FIELDS = {name for known in FORMATS.values() for name in known.fields + known.optional}
 _FEW = 3 # that are shown of many alike
@@ -98,13 +98,10 @@ def _remarks(row:dict, fields:set, control:re.Pattern) -> Iterator[tuple]: # (of
             yield "placeholders", (f"field {at!r} has {found[0]!r}, which looks like a placeholder "
                                    "that was never filled in; it is trained on as it is")
 
-# %% ../../nbs/reference/program/data.ipynb #195de917
+# %% ../../nbs/reference/program/data.ipynb #43bbaa78
 def _kind(problem) -> tuple: # of a problem, without what differs from row to row
     what = re.sub(r"\(.*\)|'.*'|\d+", "", problem.what)
     return re.sub(r"\d+", "", problem.field), what
-
-def _kinds(record) -> set:
-    return {_kind(problem) for problem in record.problems}
 
 class _Check:
     "Counts rows, and prints what is wrong with them."
@@ -118,13 +115,14 @@ class _Check:
         self.kept += not record.problems
         self.rejected += bool(record.problems)
         if self.shared is None or self.shared:
-            kinds = _kinds(record)
-            self.shared = kinds if self.shared is None else self.shared & kinds
-            if self.shared:
-                self.alike += 1
+            kinds = {_kind(problem) for problem in record.problems}
+            shared = kinds if self.shared is None else self.shared & kinds
+            if shared:
+                self.shared, self.alike = shared, self.alike + 1
                 self.first = [*self.first, record][:_FEW]
                 return
             self.tell_first()
+            self.shared = set()
         self.tell(record)
 
     def tell(self, record):
@@ -284,6 +282,9 @@ def stats_command(
     table, unit = dataset_stats(rows, tokenizer), "tokens" if model else "characters"
     groups = near_duplicates([full_text(row) for row in rows])
     lengths, answers = table["length"], table["answers"].sum()
+    if plot:
+        from sftlab.plots import plot_dataset
+        save_figure(plot_dataset(table, unit, groups), plot)
     say("rows", f"{len(rows):,}")
     say("turns", _tally(table["turns"].value_counts().sort_index()))
     say("length", f"{unit} a row: half have up to {lengths.median():,.0f}, "
@@ -293,6 +294,4 @@ def stats_command(
         say(name, _tally(table[name].value_counts()))
     say("repeats", f"{len(rows) - len(set(groups)):,} rows are nearly the same as another")
     if plot:
-        from sftlab.plots import plot_dataset
-        save_figure(plot_dataset(table, unit, groups), plot)
         say("saved", str(plot))

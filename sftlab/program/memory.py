@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..errors import MemoryEstimateError, ModelError
-from ..guards.memory import check_trainable, in_four_bits
+from ..guards.memory import check_trainable, in_four_bits, is_counted
 from ..memory import ATTENTIONS, CONFIGS, OPTIMIZERS, PRECISIONS, estimate, max_that_fits
 from ..models import PRESETS, find
 from .app import Method, app, choices, examples, say
@@ -97,6 +97,8 @@ def memory_command(
     print(estimate(model, method, batch, length, **more))
     if card is None:
         return
+    if is_counted(model):
+        say("note", "what fits is looked for by counting size after size: this takes a while")
     tokens = max_that_fits(model, method, card, batch=batch, **more)
     try:
         rows = max_that_fits(model, method, card, length=length, **more)
