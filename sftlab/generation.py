@@ -117,17 +117,17 @@ def stream_ids(
     sample=greedy, # from logits to the id of the next token
 ): # the new ids, each as soon as it is chosen
     "Like `generate_ids`, with a KV cache, giving each token at once."
-    text, fed, cache = list(ids), list(ids), None
+    text, fed, cache = list(ids), list(ids), {}
     for _ in range(min(max_new_tokens, (max_positions(model) or math.inf) - len(ids))):
         with torch.no_grad():
-            out = model(input_ids=torch.tensor([fed], device=model.device),
-                        past_key_values=cache, use_cache=True)
-        cache, token = getattr(out, "past_key_values", None), sample(out.logits[0, -1])
+            out = model(input_ids=torch.tensor([fed], device=model.device), use_cache=True, **cache)
+        cache = {k: out[k] for k in ("past_key_values", "cache_params") if k in out} # or Mamba's
+        token = sample(out.logits[0, -1])
         if token in stop_ids:
             return
         yield token
         text.append(token)
-        fed = [token] if cache else text # Mamba gives none: the whole text again
+        fed = [token] if cache else text # a few models have none: the whole text again
 
 # %% ../nbs/01_base_vs_instruct.ipynb #733a515c
 def stream(

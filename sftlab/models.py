@@ -59,7 +59,8 @@ def _on_hub(name):
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
     hint = "Use a folder on this machine, or one of: " + ", ".join(PRESETS)
     try:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        files = ("config.json", "adapter_config.json")
+        if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
             return
         if constants.HF_HUB_OFFLINE:
             raise ConnectionError("HF_HUB_OFFLINE is set")
@@ -156,7 +157,7 @@ def _nf4(dtype):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype)
 
-# %% ../nbs/reference/models.ipynb #3103c389
+# %% ../nbs/reference/models.ipynb #8542cefc
 def _whole(where, options):
     "A model that is not an adapter."
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -226,7 +227,7 @@ def _stops_of_both(model, tokenizer):
     if stops and model.generation_config.eos_token_id not in (stops[0], stops):
         model.generation_config.eos_token_id = stops
 
-# %% ../nbs/reference/models.ipynb #fa203ad6
+# %% ../nbs/reference/models.ipynb #7731040b
 def max_positions(
     model, # a causal language model, with or without an adapter
 ) -> int: # tokens that it can take; None where there is no limit

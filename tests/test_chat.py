@@ -15,7 +15,7 @@ from sftlab.models import load, tiny_path
 from sftlab.program.chat import _within
 
 QUESTIONS = ("What is the capital of Peru?", "Add 2 and 3.", "秘鲁的首都是哪里？")
-STOPS = [0, *range(7, VOCABULARY, 40)]  # so that random weights stop now and then
+STOPS = [0, *range(7, VOCABULARY, 20)]  # so that random weights stop now and then
 
 TOOLS_TEMPLATE = """{% if tools %}TOOLS {{ tools | tojson }}
 {% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
@@ -32,8 +32,8 @@ def made(tmp_path_factory):
     top, there = tmp_path_factory.mktemp("made"), {}
     def folder(name):
         if name not in there:
-            wide = {} if name == "gemma3" else dict(initializer_range=0.3)  # says different things
-            there[name] = save_small(name, top / name, **wide)
+            lively = dict(initializer_range=0.3, tie_word_embeddings=False)
+            there[name] = save_small(name, top / name, **({} if name == "gemma3" else lively))
             transformers.GenerationConfig(eos_token_id=STOPS).save_pretrained(there[name])
         return there[name]
     return folder
@@ -128,20 +128,20 @@ def test_a_pipeline_on_a_loaded_adapter_stops_where_chat_stops(made, tmp_path, c
     torch.manual_seed(3)
     adapter = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
     adapter.save_pretrained(tmp_path)
-    transformers.GenerationConfig(eos_token_id=list(range(0, VOCABULARY, 9))).save_pretrained(
+    transformers.GenerationConfig(eos_token_id=list(range(0, VOCABULARY, 20))).save_pretrained(
         tmp_path)
     model, tokenizer = load(str(tmp_path))
     pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
     lengths = []
     for question in QUESTIONS:
-        [found] = pipe([dict(role="user", content=question)], do_sample=False, max_new_tokens=200,
+        [found] = pipe([dict(role="user", content=question)], do_sample=False, max_new_tokens=60,
                        return_full_text=False, skip_special_tokens=False)
-        status, out, err = chat(tmp_path, question, options=("--max-new-tokens", 200))
+        status, out, err = chat(tmp_path, question, options=("--max-new-tokens", 60))
         assert (status, err) == (0, "")
         said, end = printed(found["generated_text"]), out.rstrip("\n")
         assert said.startswith(end) and len(said) - len(end) < 20  # the stop token itself
         lengths.append(len(tokenizer(said)["input_ids"]))
-    assert min(lengths) < 190
+    assert min(lengths) < 50
 
 
 @pytest.mark.parametrize("stops", (None, 0, STOPS), ids=("none", "one", "several"))
@@ -298,8 +298,9 @@ def test_a_question_that_the_template_refuses_ends_no_conversation(made, tmp_pat
 @pytest.mark.parametrize("options, message", [
     (("--temperature", "nan"), "choose 0 "), (("--temperature", "-1"), "choose 0 "),
     (("--temperature", "1e-9"), "choose 0 "), (("--temperature", "inf"), "choose 0 "),
-    (("--temperature", "warm"), "not a valid float"), (("--max-new-tokens", 0), "x>=1"),
-    (("--seed", -1), "0<=x"), (("--tools", "/no/such/file"), "does not exist")], ids=str)
+    (("--temperature", "warm"), "for '--temperature'"),
+    (("--max-new-tokens", 0), "for '--max-new-tokens'"), (("--seed", -1), "for '--seed'"),
+    (("--tools", "/no/such/file"), "does not exist")], ids=str)
 def test_options_that_make_no_sense(options, message, chat):
     status, out, err = chat("tiny", "Hello", options=options)
     assert (status, out, err.count("\n")) == (2, "", 1) and message in err

@@ -217,7 +217,7 @@ def test_mistakes_get_one_line(tmp_path, status, words, says):
 
 def call_that_meets(monkeypatch, fail):
     "A command in the middle of which `fail()` is called."
-    monkeypatch.setattr(cli, "estimate", lambda *_, **__: fail())
+    monkeypatch.setattr("sftlab.program.memory.estimate", lambda *_, **__: fail())
     return call("memory", "llama-2-7b")
 
 
@@ -262,7 +262,7 @@ def test_a_bug_that_speaks_of_memory_stays_a_bug(monkeypatch, error):
 
 def test_memory_says_what_fits_and_what_does_not():
     from sftlab.memory import estimate, max_that_fits
-    run = ("llama-2-7b", "--method", "qlora", "--card", 16, "--batch")
+    run = ("llama-2-7b", "--method", "qlora", "--card", 16, "--lora-rank", 16, "--batch")
     status, out, err = call("memory", *run, 2)
     assert (status, err) == (0, "") and out.startswith(repr(estimate("llama-2-7b", "qlora", 2)))
     rows = max_that_fits("llama-2-7b", "qlora", 16, length=1024)
@@ -281,9 +281,92 @@ def test_memory_reads_a_config_and_knows_the_presets():
     predicted = estimate(load("tiny")[0], "full", precision="fp32")
     _, out, _ = call("memory", "tiny", "--method", "full", "--precision", "fp32")
     assert out.strip() == repr(predicted)
-    t4 = call("memory", "t4")
-    assert t4 == call("memory", "Qwen/Qwen3-4B-Base") == call("memory", "qwen3-4b")
-    assert t4 != call("memory", "gpu")
+    assert call("memory", "Qwen/Qwen3-4B-Base") == call("memory", "qwen3-4b")
+    assert call("memory", "gpu") == call("memory", "qwen3-8b") != call("memory", "qwen3-4b")
+
+
+def test_memory_keeps_the_four_bits_of_a_preset():
+    "As `sftlab train` does: t4 is loaded in 4 bits, whatever adapter is asked for."
+    _, qlora, _ = call("memory", "qwen3-4b", "--method", "qlora")
+    assert call("memory", "t4", "--method", "qlora") == (0, qlora, "")
+    for words in (("t4",), ("t4", "--method", "lora")):
+        status, out, err = call("memory", *words)
+        note, rest = out.split("\n", 1)
+        assert (status, rest, err) == (0, qlora, "") and note.startswith("note     t4: its weights")
+    status, out, err = call("memory", "t4", "--method", "full")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "t4: weights in 4 bits cannot be trained: use the method qlora" in err
+
+
+def test_memory_and_train_share_names_and_the_rank():
+    from peft import LoraConfig
+    _, out, _ = call("memory", "qwen3-4b")
+    assert "qwen3-4b, lora r=8, 1 x 1,024" in out and LoraConfig().r == 8
+    new = call("memory", "qwen3-4b", "--lora-rank", 4, "--batch-size", 2, "--max-length", 64)
+    old = call("memory", "qwen3-4b", "--rank", 4, "--batch", 2, "--length", 64)
+    assert new == old and "lora r=4, 2 x 64" in new[1]
+
+
+def config_folder(path, content):
+    path.mkdir()
+    (path / "config.json").write_bytes(content if isinstance(content, bytes) else
+                                       json.dumps(content).encode())
+    return path
+
+
+SMALL = dict(vocab_size=500, hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
+GATED = SMALL | dict(intermediate_size=128, num_key_value_heads=2)
+
+
+@pytest.mark.parametrize("config, says", [
+    (dict(model_type="gemma", head_dim=24, **GATED), "gemma, lora r=8, 1 x 64"),
+    (dict(model_type="gpt2", **SMALL), "gpt2, lora r=8, 1 x 64"),
+    (dict(model_type="bloom", **SMALL), "transformers has no sdpa for bloom"),
+    (dict(model_type="llama", quantization_config=dict(
+        quant_method="bitsandbytes", load_in_4bit=True), **GATED), "llama, qlora r=8, 1 x 64"),
+], ids=["gemma", "gpt2", "bloom", "four-bits"])
+def test_memory_estimates_a_folder(tmp_path, config, says):
+    folder = config_folder(tmp_path / "llama-2-7b", config) # its name says nothing
+    status, out, err = call("memory", folder, "--max-length", 64)
+    assert (status, err) == (0, "") and says in out
+
+
+@pytest.mark.parametrize("config, says", [
+    (b"", "not a valid JSON"), (b"{", "not a valid JSON"), (b"\xff\xfe\x00", "not a valid JSON"),
+    (b"[]", "cannot be read"), (b"3", "cannot be read"), (b"null", "cannot be read"),
+    ({}, "cannot be read"), (dict(model_type=3), "cannot be read"),
+    (dict(model_type="nope"), "cannot be read"),
+    (dict(model_type="llama", hidden_size="big"), "'hidden_size' expected int, got str"),
+    (dict(model_type="llama", num_attention_heads=0), "cannot be read"),
+    (dict(model_type="llama", num_hidden_layers=10**12), "no model has so many"),
+    (dict(model_type="gpt2", n_layer=10**12), "no model has so many"),
+    (dict(model_type="gpt2", activation_function="nope"), "gpt2: no such model can be built"),
+    (dict(model_type="mixtral"), "mixtral cannot be estimated: the kinds of models that can are"),
+    (dict(model_type="mamba"), "mamba cannot be estimated"),
+    (dict(model_type="bert"), "bert cannot be estimated"),
+    (dict(model_type="llama", quantization_config=dict(quant_method="gptq", bits=4)),
+     "quantised by gptq"),
+], ids=str)
+def test_memory_refuses_a_folder_in_one_line(tmp_path, config, says):
+    folder = config_folder(tmp_path / "folder", config)
+    status, out, err = call("memory", folder)
+    assert (status, out, err.count("\n")) == (1, "", 1) and says in err
+
+
+def test_memory_says_that_an_adapter_is_none(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    status, out, err = call("memory", tmp_path)
+    assert (status, out) == (1, "") and err.endswith(
+        "is an adapter: name the model that it was made for\n")
+
+
+@pytest.mark.parametrize("words", [
+    "--card nan", "--card inf", "--card 1e308", "--card -1", "--card 0", "--batch-size 0",
+    "--batch-size 1000000000000", "--max-length 1" + 300 * "0", "--lora-rank 1000000000",
+    "--max-length x"], ids=lambda words: words[:20])
+def test_memory_refuses_sizes_that_nothing_has(words):
+    status, out, err = call("memory", "qwen3-4b", *words.split())
+    assert (status, out) == (2, "") and words.split()[0] in err
 
 
 def used_by(command): # seconds of CPU, and what was printed

@@ -27,7 +27,7 @@ STILL_OVER = {
     "03_chat_templates": dict(cells=94, exported=358, words=2_827, function=24),
     "04_loss_masking": dict(cells=52),
     "05_full_finetuning": dict(cells=65, function=34),
-    "06_memory": dict(cells=69, exported=319, words=2_803, function=26),
+    "06_memory": dict(cells=69, exported=316, words=2_803, function=26),
     "07_lora": dict(cells=91, exported=267, words=2_703, function=16),
     "08_qlora": dict(cells=73, words=2_586, function=17),
 }

@@ -59,16 +59,16 @@ def packed(value): return sharegpt(("human", "Hi"), ("function_call", value),
                                    ("observation", "dry"), ("gpt", "No."))
 
 
-def parquet(rows):
+def parquet(rows, count=None):
     import pyarrow
     from pyarrow.parquet import write_table
     held = io.BytesIO()
-    write_table(pyarrow.Table.from_pylist(rows), held)
+    write_table(pyarrow.Table.from_pylist(rows)[:count], held)
     return held.getvalue()
 
 
 GOOD = dump(FRUIT)
-MANY = dump(*(dict(instruction=f"Say {i}.", output=f"{i}") for i in range(999)))
+MANY = dump(*(dict(instruction=f"Say {i}.", output=f"{i}") for i in range(99)))
 UMLAUT = dump(FRUIT | dict(output="Äpfel"))
 
 WRONG = {  # what it is -> the file, and what must be said of it
@@ -79,7 +79,7 @@ WRONG = {  # what it is -> the file, and what must be said of it
     "only the mark of UTF-8": (b"\xef\xbb\xbf", "holds no rows"),
     "only a head": ("instruction,output\n", "holds no rows"),
     "gzip of nothing": (gzip.compress(b""), "holds no rows"),
-    "parquet without rows": (lambda: parquet([FRUIT])[:0], "holds no rows"),
+    "parquet without rows": (lambda: parquet([FRUIT], 0), "holds no rows"),
     "null": ("null", "neither JSON nor the head of a table"),
     "a number": ("42", "neither JSON nor the head of a table"),
     "a text": ("Once upon a time.", "neither JSON nor the head of a table"),
@@ -87,7 +87,7 @@ WRONG = {  # what it is -> the file, and what must be said of it
     "xml": ("<rows><row/></rows>", "neither JSON nor the head of a table"),
     "a photograph": (b"\xff\xd8\xff\xe0\x00\x10JFIF", "bytes that are no text"),
     "zip": (b"PK\x03\x04\x14\x00", "is a zip or Excel file"),
-    "a program": (b"\x7fELF\x02\x01\x01\x00\x00", "is UTF-16 or UTF-32"),
+    "a program": (b"\x7fELF\x02\x01\x01\x00\x00", "neither JSON nor the head of a table"),
     # --- broken JSON
     "a list cut short": (f"[{GOOD}, {GOOD[:-9]}", "row 2: line 1, column"),
     "a line cut short": (GOOD + "\n" + GOOD[:-9], "line 2: column"),
@@ -102,8 +102,8 @@ WRONG = {  # what it is -> the file, and what must be said of it
     "True": ('{"instruction": "Hi", "output": True}', "Expecting value"),
     "a bracket too many": (f"[{GOOD}]]", "Extra data"),
     "two objects in a line": (GOOD + " " + GOOD, "Extra data"),
-    "a bad escape": ('{"instruction": "\\x", "output": "Ho"}', "Invalid \\\\escape"),
-    "half an escape": ('{"instruction": "\\u12", "output": "Ho"}', "Invalid \\\\uXXXX escape"),
+    "a bad escape": ('{"instruction": "\\x", "output": "Ho"}', "Invalid \\escape"),
+    "half an escape": ('{"instruction": "\\u12", "output": "Ho"}', "Invalid \\uXXXX escape"),
     "a name twice": ('{"instruction": "Hi", "output": "a", "output": "b"}', "'output' twice"),
     "lists in lists": ("[" * 100_000, "JSON that no data set needs"),
     "a number of thousands of digits": ('{"instruction": "a", "output": %s}' % ("9" * 5000),
@@ -126,12 +126,12 @@ WRONG = {  # what it is -> the file, and what must be said of it
     "a zero byte": (fruit(output="a\0"), "control character U+0000"),
     "an escape": (fruit(output="\x1b[2J"), "control character U+001B"),
     # --- packed and binary
-    "gzip, cut short": (lambda: gzip.compress(MANY.encode())[:900], "cannot be read"),
+    "gzip, cut short": (lambda: gzip.compress(MANY.encode())[:200], "cannot be read"),
     "gzip, damaged": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff\x07 damaged", "cannot be read"),
     "gzip of text": (gzip.compress(b"Once upon a time."), "neither JSON nor the head"),
     "parquet, cut short": (lambda: parquet([FRUIT])[:99], "is not a whole Parquet file"),
     "parquet in name": (b"PAR1 and no more", "is not a whole Parquet file"),
-    "parquet of numbers": (lambda: parquet([dict(instruction=1, output=2)]), "is a number"),
+    "parquet of numbers": (lambda: parquet([FRUIT | dict(output=2)]), "is a number"),
     "parquet of other columns": (lambda: parquet([dict(text="a")]), "found the fields text"),
     # --- tables
     "other columns": ("text,label\nRain,1\n", "line 1: found 'text,label'"),
@@ -179,11 +179,11 @@ WRONG = {  # what it is -> the file, and what must be said of it
     "nobody answers": (talk(turn("user")), "no turn by the assistant"),
     "the assistant begins": (talk(turn("assistant"), turn("user")), "where user should speak"),
     "two questions": (talk(turn("user"), turn("user"), turn("assistant")), "as is the one before"),
-    "a system in the middle": (talk(turn("user"), turn("assistant"), turn("system")), "the middle"),
+    "a system in the middle": (talk(turn("user"), turn("assistant"), turn("system")), "middle"),
     "a tool that nobody called": (talk(turn("user"), turn("tool"), turn("assistant")), "by tool"),
-    "two names for the text": (sharegpt(("human", "a"), ("gpt", "b")).replace('"b"', '"b", "content"'
-                                                                             ': "c"'), "content too"),
-    "a system outside": (talk(turn("user"), turn("assistant"), system="Be"), "but is outside of it"),
+    "two names for the text": (sharegpt(("human", "a"), ("gpt", "b")).replace(
+        '"b"', '"b", "content": "c"'), "has from and value, and content too"),
+    "a system outside": (talk(turn("user"), turn("assistant"), system="Be"), "is outside of it"),
     # --- tools and calls
     "tools of text": (with_tools("text"), "field 'tools' is a string that holds no JSON"),
     "tools that are one": (with_tools(TOOL), "field 'tools' is an object"),
@@ -258,7 +258,7 @@ RIGHT = {  # what it is -> the file, and how many rows it holds
     "a list over many lines": (json.dumps([FRUIT], indent=4), 1),
     "objects over many lines": (json.dumps(FRUIT, indent=1) + "\n" + json.dumps(
         FRUIT | dict(output="Fig"), indent=1), 2),
-    "packed": (gzip.compress(MANY.encode()), 999),
+    "packed": (gzip.compress(MANY.encode()), 99),
     "parquet": (lambda: parquet([FRUIT, FRUIT | dict(output="Fig")]), 2),
     "parquet of turns": (lambda: parquet([dict(messages=[turn("user"), turn("assistant")])]), 1),
     "a table": ("instruction,output\nName a fruit.,Apple\n", 1),
@@ -296,7 +296,7 @@ WITH_TOOLS = {
     "tools": (with_tools([TOOL]), 1),
     "tools, whole": (with_tools([dict(type="function", function=TOOL)]), 1),
     "tools as JSON": (with_tools(json.dumps([TOOL])), 1),
-    "tools in some rows": (talk(turn("user", "a"), turn("assistant")) + "\n" + with_tools([TOOL]), 2),
+    "tools in some rows": (said() + "\n" + with_tools([TOOL]), 2),
     "arguments as an object": (called(call(dict(city="Lima", days=[1, None]))), 1),
     "arguments as JSON": (called(call('{"city": "Lima"}'), tools=[TOOL]), 1),
     "arguments of both kinds": (called(call({"k1": 1}) + call('{"k0": {"a": []}}')), 1),

@@ -389,7 +389,8 @@ def test_counted_peaks_are_those_of_all_layers(kind):
         options = dict(precision=precision, checkpointing=checkpointing)
         e = estimate(config, method, 2, 64, **options)
         whole = shortened(config, 5, attention)
-        assert above(e) == pytest.approx(sum(fake_peak(whole, 2, 64, method, **options)), rel=0.02)
+        peak = fake_peak(whole, 2, 64, method, **options)[0]
+        assert above(e) - e.terms["gradients"] == pytest.approx(peak, rel=0.02)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -423,13 +424,10 @@ def test_counted_is_real(kind):
 
 def test_counted_estimates_grow_and_fit():
     config = counted("gemma")
-    for method in METHODS:
-        totals = [estimate(config, method, *n).total for n in ((1, 64), (2, 64), (2, 96), (8, 512))]
-        assert totals == sorted(set(totals))
-    tokens = max_that_fits(config, "lora", 0.05, batch=2)
-    room = 0.9 * 0.05 * 2**30
-    assert estimate(config, "lora", 2, tokens).total <= room
-    assert estimate(config, "lora", 2, tokens + 1).total > room
+    totals = [estimate(config, "lora", n, 512).total for n in range(1, 7)]
+    assert totals == sorted(set(totals))
+    card = (totals[3] + totals[4]) / 2 / 0.9 / 2**30
+    assert max_that_fits(config, "lora", card, length=512) == 4
 
 
 def test_without_sdpa_a_model_is_counted_as_eager():

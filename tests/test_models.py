@@ -375,6 +375,21 @@ def test_an_adapters_own_tokenizer_counts_for_more(made, tmp_path):
     assert load(str(folder))[1].eos_token == "<|im_end|>"
 
 
+def test_a_model_and_an_adapter_in_the_hubs_cache_need_no_network(made, tmp_path, monkeypatch):
+    def put(name, folder):
+        place = tmp_path / f"hub/models--{name.replace('/', '--')}"
+        (place / "refs").mkdir(parents=True)
+        (place / "refs/main").write_text("a" * 40)
+        return shutil.copytree(folder, place / "snapshots" / ("a" * 40))
+    put("me/model", made("llama"))
+    held = put("me/adapter", adapter(made("llama"), tmp_path / "adapter"))
+    change_json(held / "adapter_config.json", base_model_name_or_path="me/model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert load("me/model")[0].config.model_type == "llama"
+    model, tokenizer = load("me/adapter")
+    assert model.peft_config["default"].r == 2 and len(tokenizer) == VOCABULARY
+
+
 # --- where generation stops
 
 def test_an_adapters_own_stop_tokens_count_for_more_than_its_bases(made, tmp_path):

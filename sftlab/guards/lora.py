@@ -160,7 +160,7 @@ def check_effective(
         raise LoRAError(f"lora_B is zero in {len(idle)} of {len(layers)} layers, "
                         f"such as {idle[0]}: it was not trained, or its weights were not loaded")
 
-# %% ../../nbs/reference/guards/lora.ipynb #5813ffb4
+# %% ../../nbs/reference/guards/lora.ipynb #5cfb21ef
 def check_adapter_folder(
     folder, # whose adapter shall be merged
 ):
@@ -195,13 +195,14 @@ def check_not_shared(
     model, # that they are in
 ):
     "Refuse an adapter on a weight that another layer shares, by raising a `LoRAError`."
-    weights = [p for m in model.modules() for p in m._parameters.values() if p is not None]
+    weights = [m.weight for m in model.modules() if "weight" in m._parameters]
     for layer in layers:
-        if sum(p is layer.get_base_layer().weight for p in weights) > 1:
+        own = layer.get_base_layer()._parameters.get("weight") # experts have no weight of that name
+        if own is not None and sum(weight is own for weight in weights) > 1:
             raise LoRAError("the adapter is on an embedding that is the output layer, too, and a "
                             "merge would change both: use the adapter as it is")
 
-# %% ../../nbs/reference/guards/lora.ipynb #24f17c98
+# %% ../../nbs/reference/guards/lora.ipynb #669cf9f1
 MOST = {"float32": 0.005, "float16": 0.03, "bfloat16": 0.1, "four-bit": 1.0}
 
 def check_merge(

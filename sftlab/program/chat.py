@@ -75,7 +75,7 @@ def _reply(
     print(flush=True)
     return kept + [dict(role="assistant", content=answer)]
 
-# %% ../../nbs/reference/program/chat.ipynb #2f019ea9
+# %% ../../nbs/reference/program/chat.ipynb #248d0f5a
 def _asked(
     text:str, # a line that somebody typed
     messages:list, # the conversation until then
@@ -95,7 +95,7 @@ def _asked(
         return dict(role="tool", content=result.strip())
     return None
 
-# %% ../../nbs/reference/program/chat.ipynb #508bcc17
+# %% ../../nbs/reference/program/chat.ipynb #19c94aed
 def _temperature(value:float) -> float:
     if value != 0 and not 0.01 <= value <= 100:
         raise typer.BadParameter("choose 0 (always the likeliest token), or 0.01 to 100")

@@ -33,7 +33,7 @@ def _read_config(model:str): # a folder or a hub id
     try:
         return AutoConfig.from_pretrained(where)
     except Exception as e: # a file can hold anything, and transformers checks little of it
-        why = (str(e) or type(e).__name__).splitlines()[0]
+        why = " ".join((str(e) or type(e).__name__).split())[:300]
         raise ModelError(f"{model}: its config cannot be read: {why}") from e
 
 def _model_to_estimate(model:str): # a name that `estimate` knows, or a config

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Into', 'Dtype', 'merge_command']
 
-# %% ../../nbs/reference/program/merge.ipynb #bf4a2589
+# %% ../../nbs/reference/program/merge.ipynb #be3deaca
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -18,14 +18,14 @@ from ..guards.lora import (
 from ..models import _by_qlora, load
 from .app import app, choices, examples, quiet, say
 
-# %% ../../nbs/reference/program/merge.ipynb #90ce5fce
+# %% ../../nbs/reference/program/merge.ipynb #58995fe3
 Into = choices("Into", ("original", "dequantized", "four-bit"))
 Dtype = choices("Dtype", ("float32", "bfloat16", "float16"))
 
 def _as_trained(folder) -> str: # one of `Into`
     return "dequantized" if _by_qlora(folder) else "original"
 
-# %% ../../nbs/reference/program/merge.ipynb #b040825e
+# %% ../../nbs/reference/program/merge.ipynb #fa55d8db
 def _in_four_bits(layer) -> bool: # by its name: bitsandbytes need not be installed
     return type(layer).__name__ == "Linear4bit" and hasattr(layer.weight, "quant_state")
 
@@ -36,7 +36,14 @@ def _dequantized(layer): # of bitsandbytes, in four bits
     weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+    linear.source_cls = layer.source_cls # of what transformers has put into four bits
     return linear
+
+def _turned_back(linear): # GPT-2's layers hold their weights the other way round
+    from torch import nn
+    conv = linear.source_cls(linear.out_features, linear.in_features)
+    conv.weight, conv.bias = nn.Parameter(linear.weight.T.contiguous()), linear.bias
+    return conv
 
 def _round(module, dtype): # what is in four bits stays
     for p in module.parameters():
@@ -61,13 +68,17 @@ def _add_up(model, into, dtype):
         _round(base, dtype)
 
 def _without_four_bits(model, dtype):
-    "Make the other 4-bit layers ordinary ones too, and take the note of them out of the config."
+    "Make all layers what they were before, and take the note of four bits out of the config."
+    from transformers.pytorch_utils import Conv1D
     for name, layer in list(model.named_modules()):
-        if _in_four_bits(layer):
-            model.set_submodule(name, _dequantized(layer).to(dtype))
+        if _in_four_bits(layer): # and had no adapter
+            layer = _dequantized(layer).to(dtype)
+            model.set_submodule(name, layer)
+        if getattr(layer, "source_cls", None) is Conv1D:
+            model.set_submodule(name, _turned_back(layer))
     model.hf_quantizer.remove_quantization_config(model)
 
-# %% ../../nbs/reference/program/merge.ipynb #9f6f9a4f
+# %% ../../nbs/reference/program/merge.ipynb #4123905f
 def _stop_like_chat(model, tokenizer):
     "Write down where an answer ends: at the tokenizer's end token and where the base stopped."
     from sftlab.generation import stop_token_ids
@@ -98,12 +109,14 @@ def _merged(
     _add_up(model, into, dtype)
     _round(model, dtype)
     model = model.merge_and_unload()
+    if four_bit: # transformers cannot undo how it read a base that is stored in 4 bits
+        model._weight_conversions = None
     if into == "dequantized":
         _without_four_bits(model, dtype)
     _stop_like_chat(model, tokenizer)
     return model, tokenizer, str(dtype).removeprefix("torch.")
 
-# %% ../../nbs/reference/program/merge.ipynb #75c6b4d9
+# %% ../../nbs/reference/program/merge.ipynb #25dac795
 _TEXTS = ("Question: What is the capital of Peru? Answer: The capital of Peru is Lima.",
           "def add(a, b):\n    return a + b\n\nprint(add(2, 3))",
           "我想知道今天的天气怎么样。")
@@ -152,7 +165,7 @@ def _check(folder, merged, into, written):
         say("note", "the adapter was trained next to weights in 4 bits; against that, "
                     f"{_difference(found, trained)} (--into dequantized keeps it)")
 
-# %% ../../nbs/reference/program/merge.ipynb #aa5795c5
+# %% ../../nbs/reference/program/merge.ipynb #c8def812
 @app.command("merge", epilog=examples(
     "sftlab merge runs/first --output runs/first-whole",
     "sftlab merge runs/qlora --output runs/small --into four-bit"))
