@@ -11,6 +11,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import metadata, util
 from pathlib import Path
 from typing import Annotated
@@ -18,13 +20,14 @@ from typing import Annotated
 import typer
 
 from .errors import SftlabError
+from .finetune import is_main_process
 from .models import pick_device, pick_dtype
 import sftlab.program.data
 import sftlab.program.train
 import sftlab.program.chat
 import sftlab.program.merge
 import sftlab.program.memory  # noqa: F401 (each brings its commands)
-from .program.app import UsageError, app, examples, say
+from .program.app import UsageError, app, examples, say, shown
 from .study.workspace import FIRST, LIST, copy_course, course_files
 
 # %% ../nbs/reference/cli.ipynb #2f602888
@@ -37,6 +40,27 @@ def _out_of_memory(error:Exception) -> bool:
     types = (MemoryError, torch.OutOfMemoryError) if torch else MemoryError
     return isinstance(error, types) or bool(_MEMORY_IS_FULL.search(str(error)))
 
+_WAIT = 10 # seconds
+
+@contextmanager
+def _one_speaks():
+    "Of several processes only the main one speaks, and another of an error that it alone has."
+    if "LOCAL_RANK" not in os.environ: # one process
+        yield
+        return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if is_main_process():
+        yield
+        return
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+        try:
+            yield
+        except (KeyboardInterrupt, typer.Abort):
+            raise SystemExit(130) from None
+        except Exception:
+            time.sleep(_WAIT)
+            raise
+
 def main(
     args:list=None, # words after `sftlab`; by default those it was called with
 ) -> int: # exit status
@@ -46,7 +70,8 @@ def main(
             stream.reconfigure(errors="replace")
     try:
         args = sys.argv[1:] if args is None else args
-        status = app(args, prog_name="sftlab", standalone_mode=False, obj=args) or 0
+        with _one_speaks():
+            status = app(args, prog_name="sftlab", standalone_mode=False, obj=args) or 0
         if status == 130: # what typer makes of Ctrl-C; older versions abort
             return _fail("stopped", 130)
         return status
@@ -69,7 +94,7 @@ def main(
         return _fail("stopped", 130)
 
 def _fail(why, status:int=1) -> int: # `status`
-    print(f"sftlab: {why}", file=sys.stderr)
+    print(f"sftlab: {shown(str(why), lines=True)}", file=sys.stderr)
     return status
 
 # %% ../nbs/reference/cli.ipynb #237ee802

@@ -13,16 +13,17 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
 from .errors import DataError
 from .guards.data import (
-    check_alpaca, check_field, check_format, check_groups, check_input, check_last_turn,
-    check_messages, check_order, check_outside, check_own_fields, check_pairs, check_prompt,
-    check_rest, check_shares, check_sharegpt, check_slots, check_speaker)
+    check_alpaca, check_format, check_groups, check_input, check_last_turn, check_messages,
+    check_order, check_outside, check_own_fields, check_pairs, check_prompt, check_rest,
+    check_sharegpt, check_slots, check_speaker)
 from .guards.options import check_choice
+from .guards.rows import MessageRow, check_message_rows, check_split
 
 # %% ../nbs/02_instruction_data.ipynb #d998f49c
 def _turn(role:str, content:str, **more) -> dict: return dict(role=role, content=content, **more)
@@ -259,16 +260,15 @@ def full_text(row:dict) -> str:
 _SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
 def split_rows(
-    rows:list, # with `messages`
+    rows:list[MessageRow], # as `sftlab.files.rows.read_messages` returns them
     shares:dict=_SHARES, # name -> share of the rows
     seed:int=0, # the same seed, the same split
     by:str=None, # a field: rows with the same value stay together
 ) -> dict: # name -> rows, in their order
     "Split at random, near-duplicates on one side; raises a `DataError` where that cannot be."
-    check_shares(shares)
+    check_split(rows, shares, by)
     together = near_duplicates([full_text(row) for row in rows])
     if by:
-        check_field(rows, by)
         keys = [json.dumps(row[by], sort_keys=True, default=str) for row in rows]
         together = _joined(together, keys)
     groups = {}
@@ -312,13 +312,13 @@ def _scripts(text:str) -> str: # such as "Latin", "Han", "Han + Latin"
     return " + ".join(often) or "no letters"
 
 def dataset_stats(
-    rows:Iterable, # with `messages`
+    rows:list[MessageRow], # as `sftlab.files.rows.read_messages` returns them
     tokenizer=None, # counts tokens; without one, characters are counted
 ): # a DataFrame, a row each: `turns`, `length`, `answers` (their length), `roles`, `scripts`
-    "What each conversation is made of."
+    "What each conversation is made of; raises a `DataError` for rows without messages."
     import pandas as pd
-    def size(text):
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"] if tokenizer else text)
+    check_message_rows(rows, DataError)
+    def size(text): return len(tokenizer.tokenize(text) if tokenizer else text)
 
     table = []
     for row in rows:

@@ -14,12 +14,13 @@ import os
 import re
 import shutil
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from .errors import FinetuneError, MaskError
 from .files.atomic import atomic_dir, atomic_file
 from .guards.finetune import (
     check_answers_fit, check_answers_stop, check_eos, check_ids, check_length, check_method,
-    check_new_tokens, check_result)
+    check_new_tokens, check_processes, check_result, check_same_world, check_shared)
 from .guards.rows import check_message_rows
 from .models import max_positions
 
@@ -208,6 +209,10 @@ def world_size() -> int: # processes that train together, as `torchrun` tells th
 def is_main_process() -> bool: # whether this is the one that prints and writes
     return int(os.environ.get("RANK", 0)) == 0
 
+def _from_main(value): # what the main process has, in all of them; all must call it
+    from accelerate.utils import broadcast_object_list
+    return broadcast_object_list([value])[0]
+
 def _config(model, stop, settings, folder, checkpoints):
     "The `SFTConfig` of a run."
     import torch
@@ -216,7 +221,7 @@ def _config(model, stop, settings, folder, checkpoints):
     new_gpu = device == "cuda" and torch.cuda.get_device_capability(model.device)[0] >= 8
     steps = settings.pop("steps")
     can_recompute = getattr(model, "supports_gradient_checkpointing", True)
-    return SFTConfig(
+    args = SFTConfig(
         **settings, warmup_steps=steps // 20, eos_token=stop,
         gradient_checkpointing=can_recompute and not small,
         use_cpu=device == "cpu", dataloader_pin_memory=device == "cuda",
@@ -224,6 +229,9 @@ def _config(model, stop, settings, folder, checkpoints):
         output_dir=str(checkpoints or folder), save_strategy="steps" if checkpoints else "no",
         save_steps=max(10, steps // 10), save_total_limit=2,
         disable_tqdm=True, logging_steps=max(1, steps // 50))
+    check_same_world(args.world_size, world_size())
+    args._n_gpu = min(args.n_gpu, 1) # else one process would share a batch out over all GPUs
+    return args
 
 # %% ../nbs/reference/finetune.ipynb #e8c48a87
 def stop_tokens(
@@ -267,10 +275,11 @@ def finetune(
 ): # the SFTTrainer; its `state.log_history` holds `loss`, `held_out_nll`, `step`, `epoch`
     """Fine-tune with TRL's `SFTTrainer` on the assistant's tokens and save safetensors and settings
     to `output_dir`; raises a `FinetuneError` for what cannot be trained or broke down, an
-    `OutputError` for a folder that stays as it is."""
+    `OutputError` for a folder that stays as it is. Of several processes the main one writes."""
     from transformers import set_seed
+    check_processes(os.environ)
     check_method(model, method, lora)
-    with atomic_dir(output_dir, mark="run.json") as folder:
+    with _result(output_dir) as folder:
         encoded = encode_for_training(tokenizer, rows)
         measured = encode_for_training(tokenizer, eval_rows) if eval_rows else None
         limit = max_length or context_length(model)
@@ -295,8 +304,7 @@ def finetune(
         mark = [_complete_callback()] if checkpoints else []
         trainer = _trainer(model, args, tokenizer, _cut(encoded, limit),
                            [*watch, *callbacks, *mark])
-        newest = last_checkpoint(checkpoints) if checkpoints else None
-        trainer.train(resume_from_checkpoint=newest)
+        trainer.train(resume_from_checkpoint=_newest(checkpoints) if checkpoints else None)
         model.eval()
         if best:
             _take_best(model, best)
@@ -304,7 +312,13 @@ def finetune(
         _stop_at(model, tokenizer, others)
         if is_main_process():
             _save(model, tokenizer, folder)
+    trainer.accelerator.wait_for_everyone()
     return trainer
+
+def _result(output_dir): # a context of the folder to write into; only the main process makes it
+    if is_main_process():
+        return atomic_dir(output_dir, mark="run.json")
+    return nullcontext(Path(output_dir))
 
 def _trainer(model, args, tokenizer, encoded, callbacks):
     "An `SFTTrainer` that gets token ids and labels, and nothing else of the rows."
@@ -345,10 +359,15 @@ def _keep(model, path):
         file.write(save(held))
 
 def _take_best(model, path):
-    "Put the weights of the best epoch back."
+    "Put the weights of the best epoch back, in all processes."
     from safetensors.torch import load_file
-    for name, tensor in load_file(path).items():
-        model.get_parameter(name).data.copy_(tensor)
+    from torch.distributed import broadcast
+    best = load_file(path) if is_main_process() else {}
+    for name, p in _trained(model).items():
+        if best:
+            p.data.copy_(best[name])
+        if world_size() > 1:
+            broadcast(p.data, src=0)
 
 def _held_out_callback(encoded, max_length, best, patience):
     """A TrainerCallback that logs `held_out_nll` before training and after each epoch, keeps the
@@ -357,6 +376,7 @@ def _held_out_callback(encoded, max_length, best, patience):
     class HeldOut(TrainerCallback):
         def measure(self, args, state, model):
             nll = _nll(model, encoded, args.per_device_train_batch_size, max_length)
+            nll = _from_main(nll) # so that all stop at the same time
             entry = dict(held_out_nll=nll, epoch=state.epoch or 0, step=state.global_step)
             state.log_history.append(entry)
         def on_train_begin(self, args, state, control, model=None, **_):
@@ -382,8 +402,16 @@ def _complete_callback():
     from transformers import TrainerCallback
     class Complete(TrainerCallback):
         def on_save(self, args, state, control, **_):
-            Path(args.output_dir, f"checkpoint-{state.global_step}", "complete").touch()
+            from accelerate import PartialState
+            PartialState().wait_for_everyone() # each process writes a part
+            if is_main_process():
+                Path(args.output_dir, f"checkpoint-{state.global_step}", "complete").touch()
     return Complete()
+
+def _newest(checkpoints): # as `last_checkpoint`; the same in all processes
+    newest = _from_main(last_checkpoint(checkpoints) if is_main_process() else None)
+    check_shared(newest)
+    return newest
 
 def last_checkpoint(
     folder, # where `finetune` wrote checkpoints

@@ -15,6 +15,7 @@ import torch
 from .errors import MaskError, TemplateError
 from .guards.masking import check_answers, check_pad_id
 from .guards.options import check_choice
+from .guards.rows import MessageRow, TokenRow, check_message_rows, check_token_rows
 from .guards.templates import check_no_tools
 from .rendering import segments_of
 from .templates import encode_segments, segments
@@ -36,6 +37,9 @@ def layout(
     return segments(messages, template)
 
 # %% ../nbs/04_loss_masking.ipynb #867c3e45
+def _last_question(messages): # its index; -1: there is none
+    return max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+
 def learned_segments(
     parts:list, # `Segment`s of a conversation
     messages:list, # the conversation
@@ -46,9 +50,7 @@ def learned_segments(
     silent = {i for i, m in enumerate(messages) if m.get("weight") == 0} # not to be learned
     if mode == "all":
         return [part.turn not in silent for part in parts]
-    asked = -1
-    if mode == "completion": # only what comes after the last question
-        asked = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    asked = _last_question(messages) if mode == "completion" else -1 # only what comes after it
     answers = {part.turn for part in parts if part.learned and part.turn > asked} - silent
     check_answers(answers, mode)
     if mode == "last":
@@ -84,10 +86,11 @@ def encode(
 
 # %% ../nbs/04_loss_masking.ipynb #43251f47
 def collate(
-    rows:list, # of {"input_ids", "labels"}
+    rows:list[TokenRow], # as `encode_rows` makes them
     pad_id:int, # what to fill up with: `tokenizer.pad_token_id`
 ) -> dict: # tensors `input_ids`, `labels`, `attention_mask`, each `(rows, longest)`
-    "Make a batch, padded on the right; raises a `MaskError` if there is no `pad_id`."
+    "Make a batch, padded on the right; raises a `MaskError` without such rows or a `pad_id`."
+    check_token_rows(rows, MaskError)
     check_pad_id(pad_id)
     width = max(len(row["input_ids"]) for row in rows)
     def fill(lists, value):
@@ -115,11 +118,12 @@ def _shorten(row, max_length, how): # -> a shorter row; None if it is to be drop
     return dict(input_ids=ids[kept], labels=labels[kept])
 
 def truncate(
-    rows:list, # of {"input_ids", "labels"}
+    rows:list[TokenRow], # as `encode_rows` makes them
     max_length:int, # tokens
     how:str, # "drop", "cut" or "prompt"
 ) -> tuple: # rows of at most `max_length`; how many are "whole", "shortened" and "dropped"
-    "Shorten or drop rows that are too long; raises a `MaskError` if there is no such way."
+    "Shorten or drop rows that are too long; a `MaskError` for other rows, or if no such way is."
+    check_token_rows(rows, MaskError)
     check_choice("way to truncate", how, ("drop", "cut", "prompt"), MaskError)
     kept, fate = [], Counter(whole=0, shortened=0, dropped=0)
     for row in rows:
@@ -174,14 +178,14 @@ def _laid_out(tokenizer, number, row, mode, template): # -> segments, and which 
 
 def encode_rows(
     tokenizer,
-    rows:list, # with `messages`, perhaps `tools`
+    rows:list[MessageRow], # as `sftlab.files.rows.read_messages` returns them
     mode:str="assistant", # one of `MODES`
     template:str=None, # one of `TEMPLATES`, which is quicker; by default the tokenizer's own
-) -> list: # for each row what `encode` makes of its messages
+) -> list[TokenRow]: # for each row what `encode` makes of its messages
     """Many conversations as token ids and labels; raises a `MaskError` that names the first row
     which cannot be laid out or has nothing to learn."""
-    added = tokenizer.added_tokens_decoder
-    special = {id: token.content for id, token in added.items() if token.special}
+    check_message_rows(rows, MaskError)
+    special = {id: t.content for id, t in tokenizer.added_tokens_decoder.items() if t.special}
     longest_first = sorted(special.values(), key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
     @lru_cache

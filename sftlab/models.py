@@ -157,7 +157,7 @@ def _nf4(dtype):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype)
 
-# %% ../nbs/reference/models.ipynb #8542cefc
+# %% ../nbs/reference/models.ipynb #36a686d8
 def _whole(where, options):
     "A model that is not an adapter."
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -227,7 +227,7 @@ def _stops_of_both(model, tokenizer):
     if stops and model.generation_config.eos_token_id not in (stops[0], stops):
         model.generation_config.eos_token_id = stops
 
-# %% ../nbs/reference/models.ipynb #7731040b
+# %% ../nbs/reference/models.ipynb #ced60536
 def max_positions(
     model, # a causal language model, with or without an adapter
 ) -> int: # tokens that it can take; None where there is no limit

@@ -12,8 +12,9 @@ import re
 from .data import ROLES
 from .errors import DataError, TemplateError
 from .guards.data import parse_arguments, parse_tools
-from .guards.templates import (
-    check_chat_template, check_messages, check_nothing_dropped, check_unsigned, template_errors)
+from sftlab.guards.templates import (
+    check_chat_template, check_conversation, check_messages, check_nothing_dropped, check_unsigned,
+    template_errors)
 from .templates import Segment, encode_segments, special_pattern
 
 # %% ../nbs/reference/rendering.ipynb #cead12f3
@@ -162,6 +163,7 @@ def _check_tools_are_told(tokenizer, messages, text, add_generation_prompt, tool
 def _read(tokenizer, messages, add_generation_prompt, tools) -> tuple:
     """Messages and tools as the template takes them, the text, the spans between generation
     markers, and where what was typed is (None: the template rewrites it)."""
+    check_conversation(messages)
     messages, tools = as_templates_expect(messages, tools)
     check_messages(messages, ROLES)
     text, learned = render_own(tokenizer, messages, add_generation_prompt, tools)

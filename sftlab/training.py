@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 from .errors import TrainingError
-from .guards.training import check_bf16, check_rows, check_training_config
+from .guards.training import check_bf16, check_measurable, check_rows, check_training_config
+from .guards.rows import TokenRow
 from .masking import collate
 
 # %% ../nbs/05_full_finetuning.ipynb #00584c35
@@ -184,11 +185,12 @@ class Nll:
 # %% ../nbs/05_full_finetuning.ipynb #ebcd4bea
 def evaluate_nll(
     model,
-    rows:list, # of dicts with `input_ids` and `labels`
+    rows:list[TokenRow], # as `sftlab.masking.encode_rows` makes them
     batch_size:int=8, # rows at a time; no influence on the result
     collate=padded, loss_fn=nll_sum, # as in `train`
 ) -> Nll:
-    "Measure a model on rows, weighted by tokens."
+    "Measure a model on rows, weighted by tokens; a `TrainingError` for rows that have no loss."
+    check_measurable(rows)
     training, total, tokens = model.training, 0.0, 0
     model.eval()
     with torch.no_grad():
@@ -210,9 +212,9 @@ def _autocast(model, bf16):
 # %% ../nbs/05_full_finetuning.ipynb #caa5c651
 def train(
     model, # a causal language model; its trainable parameters are changed in place
-    rows:list, # of dicts with `input_ids` and `labels`, see `sftlab.masking.encode`
+    rows:list[TokenRow], # as `sftlab.masking.encode_rows` makes them
     settings:TrainingConfig=TrainingConfig(),
-    eval_rows:list=None, # held-out rows, measured before training and after each epoch
+    eval_rows:list[TokenRow]=None, # held-out rows, measured before training and after each epoch
     checkpoints=None, # folder for checkpoints of this run; it goes on from the newest, if any
     save_steps:int=100, # steps between two checkpoints
     collate=padded, # from rows to a batch

@@ -295,10 +295,18 @@ def test_a_second_adapter_is_refused():
         inject(inject(small()))
 
 
-def test_a_convolution_of_gpt2_is_no_linear_layer():
+@pytest.mark.parametrize("targets", ("all-linear", ["c_attn"], ["c_fc", "lm_head"], ["q_proj"]))
+def test_gpt2_is_refused_and_not_left_without_an_adapter(targets):
     config = GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=1, n_positions=16)
-    with pytest.raises(LoRAError):
-        inject(GPT2LMHeadModel(config), target_modules=["c_attn"])
+    model = GPT2LMHeadModel(config)
+    with pytest.raises(LoRAError, match=r"Conv1D.*LoraConfig\(fan_in_fan_out=True\)"):
+        inject(model, target_modules=targets)
+    assert not adapters(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_model_without_linear_layers_is_told_what_it_has():
+    with pytest.raises(LoRAError, match="no linear layer .* types Embedding, ModuleList"):
+        inject(torch.nn.ModuleList([torch.nn.Embedding(4, 2)]))
 
 
 # --- tokens

@@ -69,6 +69,7 @@ def parquet(rows, count=None):
 
 GOOD = dump(FRUIT)
 MANY = dump(*(dict(instruction=f"Say {i}.", output=f"{i}") for i in range(99)))
+DEEP = "[" * 200 + "]" * 200
 UMLAUT = dump(FRUIT | dict(output="Äpfel"))
 
 WRONG = {  # what it is -> the file, and what must be said of it
@@ -106,6 +107,9 @@ WRONG = {  # what it is -> the file, and what must be said of it
     "half an escape": ('{"instruction": "\\u12", "output": "Ho"}', "Invalid \\uXXXX escape"),
     "a name twice": ('{"instruction": "Hi", "output": "a", "output": "b"}', "'output' twice"),
     "lists in lists": ("[" * 100_000, "JSON that no data set needs"),
+    "lists in lists beside it": (GOOD[:-1] + f', "x": {DEEP}}}', "JSON that no data set needs"),
+    "lists in lists in a tool": (with_tools(f'[{{"name": "f", "x": {DEEP}}}]'), "holds no JSON"),
+    "lists in lists in a call": (called(call(f'{{"a": {DEEP}}}')), "holds no JSON"),
     "a number of thousands of digits": ('{"instruction": "a", "output": %s}' % ("9" * 5000),
                                         "JSON that no data set needs"),
     "NaN as an answer": ('{"instruction": "Hi", "output": NaN}', "field 'output' is NaN"),

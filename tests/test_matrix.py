@@ -3,6 +3,7 @@
 Every pair of a model, a method, a file and a size is in one of the runs that each change makes; all
 of them together are the thorough ones.
 """
+import gc
 import math
 from itertools import combinations, product
 
@@ -22,9 +23,11 @@ from sftlab.rendering import prompt_ids
 METHODS = ("full", "lora", "qlora")
 SIZES = ("small", "large")  # with the settings for small models, or with those for large ones
 REFUSED = {  # model and method -> what `load` or `finetune` says
+    ("mamba", "lora"): "no adapter can be put on all-linear",
     ("mamba", "qlora"): "cannot compute with weights in four bits: load it without",
 }
-RUNS = [run for run in product(zoo.MODELS, METHODS, zoo.SHAPES, SIZES) if run[:2] not in REFUSED]
+TARGETS = dict(mamba=["in_proj"])  # layers that an adapter is put on; elsewhere all
+RUNS = [run for run in product(zoo.MODELS, METHODS, zoo.SHAPES, SIZES) if run[:2] != ("mamba", "qlora")]
 
 
 def pairs(run):
@@ -49,7 +52,7 @@ OTHERS = [run for run in RUNS if run not in CHOSEN]
 def test_every_pair_is_covered():
     covered = set().union(*map(pairs, CHOSEN))
     assert covered == set().union(*map(pairs, RUNS))
-    met = {(model, method) for model, method, *_ in CHOSEN} | set(REFUSED)
+    met = {run[:2] for run in CHOSEN} | {("mamba", "qlora")}
     assert met == set(product(zoo.MODELS, METHODS))
     assert len(CHOSEN) <= 80
 
@@ -78,6 +81,15 @@ def files(tmp_path_factory):
         path = zoo.write(shape.rows, top / f"{name}.jsonl")
         made[name] = read_rows(path, columns=shape.columns), shape.talks
     return made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    "The trainer collects garbage after each run: not among all that libraries have made, too."
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 # --- what is to be expected
@@ -111,9 +123,9 @@ def plain_loss(model, rows):
 
 
 def question(talk):
-    "What comes before the first answer."
-    roles = [message["role"] for message in talk["messages"]]
-    return talk["messages"][:roles.index("assistant")]
+    "What comes before the last answer."
+    assert talk["messages"][-1]["role"] == "assistant"
+    return talk["messages"][:-1]
 
 
 def our_answers(model, tokenizer, talks):
@@ -169,9 +181,12 @@ def check(run, bases, files, folder, monkeypatch):
     assert max(len(row["input_ids"]) for row in want) < zoo.LENGTH
     before, at_first = plain_loss(model, want[8:]), plain_loss(model, want[:8])
     batches = seen_in_training(monkeypatch)
+    adapter = None
+    if name in TARGETS and method != "full":
+        adapter = dict(target_modules=TARGETS[name])
 
     trainer = finetune(model, tokenizer, rows[:8], folder, method, epochs=2, learning_rate=1e-2,
-                       eval_rows=rows[8:])
+                       eval_rows=rows[8:], lora=adapter)
 
     # The text that is learned is the text that the template gives, and nothing else.
     learned = trainer.train_dataset
@@ -184,7 +199,7 @@ def check(run, bases, files, folder, monkeypatch):
     losses = held_out_losses(history)
     assert math.isclose(losses[0], before, rel_tol=1e-5)
     first = next(entry["loss"] for entry in history if "loss" in entry)
-    assert math.isclose(first, at_first, rel_tol=1e-3)
+    assert math.isclose(first, at_first, rel_tol=5e-4 if name == "mixtral" else 1e-5)
     saved, its_tokenizer = load(str(folder), four_bit=four_bit)
     after = plain_loss(saved, want[8:])
     assert math.isclose(losses[-1], after, rel_tol=1e-5) and after != before
@@ -194,7 +209,7 @@ def check(run, bases, files, folder, monkeypatch):
     assert ours == answers_of_a_pipeline(talks[8:], model=saved, tokenizer=its_tokenizer)
     if method == "full":
         assert ours == answers_of_a_pipeline(talks[8:], model=str(folder))
-    return ours
+    print("DIST", losses, at_first, plain_loss(saved, want[:8]), ours)
 
 
 def names(run): return "-".join(run)

@@ -2,6 +2,7 @@
 never stopped. And what it refuses to go on with."""
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -71,14 +72,40 @@ def test_killed_five_times_it_ends_with_the_same_weights(file, tmp_path):
     junk = tmp_path / ".broken.unfinished" / "checkpoint-99999"
     junk.mkdir()
     (junk / "model.safetensors").write_bytes(b"half a checkpoint")
-    done = start(file, broken)
-    assert "goes on where it was" in done.communicate()[0] and done.returncode == 0
+    done = start(file, broken, "--overwrite")  # which is for finished runs, and for other ones
+    said = done.communicate()[0]
+    assert "goes on where it was" in said and done.returncode == 0
+    epochs = [float(n) for n in re.findall(r"epoch (\S+): held-out loss", said)]
+    assert epochs == list(range(int(epochs[0]), 25))  # each loss is told with its own epoch
     files = [tmp_path / name / "model.safetensors" for name in ("whole", "broken")]
     one, other = map(load_file, files)
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     one, other = (json.loads((file.parent / "run.json").read_text()) for file in files)
     assert all(one[key] == other[key] for key in one if key not in ("seconds", "command"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "whole"]  # nothing is left
+
+
+@pytest.fixture(scope="module")
+def whole(file, tmp_path_factory):
+    "A run that nobody stopped: its weights' bytes, and how long it took."
+    begin, out = time.time(), tmp_path_factory.mktemp("whole") / "out"
+    run = start(file, out, "--keep", "best")
+    assert run.wait() == 0, run.stdout.read()
+    return (out / "model.safetensors").read_bytes(), time.time() - begin
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("number", range(20))
+def test_killed_at_any_moment_the_bytes_are_the_same(file, whole, tmp_path, number):
+    run = start(file, tmp_path / "out", "--keep", "best")
+    time.sleep(random.Random(number).uniform(0, whole[1]))
+    run.kill()
+    run.communicate()
+    if not (tmp_path / "out").exists():
+        again = start(file, tmp_path / "out", "--keep", "best")
+        assert again.wait() == 0, again.stdout.read()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == whole[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_only_the_same_run_is_gone_on_with(file, tmp_path, capsys):

@@ -22,6 +22,9 @@ MODELS["gemma2"] = ("Gemma2Config", LLAMA_LIKE | dict(
     head_dim=16, sliding_window=32, final_logit_softcapping=0.5))
 MODELS["gemma3"] = ARCHITECTURES["gemma3"]
 
+# GPT-2's and OPT's are not 0, and then no two passes have the same loss.
+DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout")
+
 # --- chat templates
 
 TEMPLATES = dict(
@@ -57,6 +60,9 @@ def save_model(name, template, folder):
     config = getattr(transformers, kind)(**settings)
     text = config.get_text_config(decoder=True)
     text.vocab_size = VOCABULARY + 64
+    for field in DROPOUTS:
+        if hasattr(text, field):
+            setattr(text, field, 0.0)
     for field in ("max_position_embeddings", "n_positions"):
         if hasattr(text, field):
             setattr(text, field, LENGTH)

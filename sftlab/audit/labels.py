@@ -13,7 +13,9 @@ from html import escape
 from itertools import groupby
 from typing import NamedTuple
 
-from ..guards.masking import check_batch, check_batches
+from ..errors import MaskError
+from ..guards.masking import check_batch, check_batches, check_several
+from ..guards.rows import MessageRow, check_message_rows
 from ..masking import IGNORE, layout
 from ..plots import labels_html
 from ..templates import encode_segments
@@ -435,12 +437,13 @@ def _as_html(report):
 # %% ../../nbs/reference/audit/labels.ipynb #bccf1dc9
 def label_auditor(
     tokenizer,
-    rows:list=None, # with `messages`, as for `audit_labels`
+    rows:list[MessageRow]=None, # as for `audit_labels`
     template:str=None, # as for `audit_labels`
 ): # a function from batches (and perhaps another pad_id) to a `LabelReport`
     """Prepare an audit: what rows or template tell is worked out once, for many calls.
 
-    Auditing without a batch raises a `MaskError`."""
+    Rows without messages raise a `MaskError`, and so does auditing without a batch."""
+    check_message_rows(rows or [], MaskError)
     header, stop, tail = _marks(tokenizer, template)
     n_tail = len(tokenizer(tail, add_special_tokens=False)["input_ids"])
     tell = None
@@ -449,6 +452,7 @@ def label_auditor(
     elif template:
         tell = _by_template(tokenizer, header, stop, tail)
     def audit(batches, pad_id=tokenizer.pad_token_id):
+        check_several(batches)
         batches = list(batches)
         check_batches(batches)
         talks = list(conversations(batches, pad_id, stop))
@@ -469,11 +473,11 @@ def _check_batch_of(talks, tell, stop, n_tail, pad_id):
 
 # %% ../../nbs/reference/audit/labels.ipynb #c1dc5dcb
 def audit_labels(
-    batches, # as they come out of a collator or a DataLoader
+    batches, # a list of them, as they come out of a collator, or a DataLoader
     tokenizer,
-    rows:list=None, # with `messages`: what the batches were made from; tell prompts exactly
+    rows:list[MessageRow]=None, # what the batches were made from; tell prompts exactly
     template:str=None, # one of `TEMPLATES`, or the tokenizer's own; tells prompts without rows
 ) -> LabelReport:
-    """Look for faults between rows and loss, in the very batches that the model gets;
-    raises a `MaskError` where there are no batches, or one has no ids or labels."""
+    """Look for faults between rows and loss, in the very batches that the model gets; raises a
+    `MaskError` where there are none, one has no ids or labels, or `rows` hold no messages."""
     return label_auditor(tokenizer, rows, template)(batches)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..data import ACCEPTED, FORMATS
 from ..errors import DataError
-from ..guards.data import HALF, Problem
+from ..guards.data import HALF, Problem, is_deep
 
 # %% ../../nbs/reference/files/containers.ipynb #f975ba20
 _ENDINGS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt")
@@ -116,6 +116,8 @@ class _Json:
         except (ValueError, RecursionError):
             return text[at:], None, _ODD
         after = _after_gap(text, end)
+        if is_deep(value):
+            return text[at:end], after, _ODD
         if not self.twice:
             return value, after, None
         what = f"has the name {ascii(self.twice[0])} twice in one object"

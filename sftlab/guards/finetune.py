@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['check_method', 'check_eos', 'check_new_tokens', 'check_answers_stop', 'check_answers_fit', 'check_length',
-           'check_ids', 'check_result']
+           'check_ids', 'check_processes', 'check_same_world', 'check_gpus', 'check_shared', 'check_result']
 
 # %% ../../nbs/reference/guards/finetune.ipynb #3fdf7a82
+from pathlib import Path
+
 from ..errors import FinetuneError
 
 # %% ../../nbs/reference/guards/finetune.ipynb #53c30adf
@@ -94,6 +96,67 @@ def check_ids(
     if largest >= known:
         raise FinetuneError(f"the tokenizer gives token {largest}, and the model has {known} "
                             "tokens: take the tokenizer that belongs to the model")
+
+# %% ../../nbs/reference/guards/finetune.ipynb #456ef2b0
+_PLACE = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_BY_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_SHARDS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+_START = "start them with torchrun --nproc_per_node N -m sftlab train …"
+
+def _several(env, name) -> bool: # whether a variable says that there are several
+    value = env.get(name, "1")
+    if not (value.isdigit() and int(value)):
+        raise FinetuneError(f"{name} is {value!r} and must be a number of processes: {_START}")
+    return int(value) > 1
+
+def check_processes(
+    env:dict, # `os.environ`
+):
+    """Refuse, by raising a `FinetuneError`, a process that was meant to be one of several and
+    cannot find the others, or several that share the weights out."""
+    if "WORLD_SIZE" in env:
+        missing = [name for name in _PLACE if name not in env]
+        if _several(env, "WORLD_SIZE") and missing:
+            raise FinetuneError(f"WORLD_SIZE says that there are {env['WORLD_SIZE']} processes, "
+                                f"and {', '.join(missing)} is not set: {_START}")
+    elif env.get("RANK", "0") != "0":
+        raise FinetuneError(f"RANK is {env['RANK']!r}, and WORLD_SIZE, the number of processes, "
+                            f"is not set: {_START}")
+    elif "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env:
+        raise FinetuneError("several processes were asked for, and accelerate launch has started "
+                            f"one, as it does on CPUs: {_START}")
+    elif any(_several(env, name) for name in _BY_MPI):
+        raise FinetuneError("this is one of several processes that MPI has started, and they do "
+                            f"not know of each other: {_START}")
+    if any(env.get(name, "false").lower() == "true" for name in _SHARDS):
+        raise FinetuneError("FSDP and DeepSpeed cut the weights in pieces, which are not put "
+                            "together again here: use accelerate launch --multi_gpu, or torchrun")
+
+def check_same_world(
+    found:int, # processes that have met
+    told:int, # processes that there should be
+):
+    "Refuse to train with another number of processes than asked for, by a `FinetuneError`."
+    if found != told:
+        raise FinetuneError(f"{told} processes were asked for, and {found} would train together: "
+                            f"{_START}")
+
+def check_gpus(
+    asked:int, # processes on this machine
+    found:int, # GPUs of this machine
+):
+    "Refuse more processes than GPUs, by raising a `FinetuneError`."
+    if asked > found:
+        raise FinetuneError(f"there are {asked} processes for {found} GPUs on this machine: "
+                            f"use --nproc_per_node {found}")
+
+def check_shared(
+    checkpoint, # a folder that the main process goes on from; None: it begins
+):
+    "Refuse to go on from a folder that is not on this machine, by raising a `FinetuneError`."
+    if checkpoint and not Path(checkpoint).is_dir():
+        raise FinetuneError(f"{checkpoint} is on the main process's machine and not on this one: "
+                            "use a folder that all machines share")
 
 # %% ../../nbs/reference/guards/finetune.ipynb #4c15e633
 def check_result(

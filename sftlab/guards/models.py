@@ -6,7 +6,7 @@
 __all__ = ['check_causal', 'check_weights', 'check_tokenizer', 'read_json', 'check_files', 'in_one_line', 'check_adapter_config',
            'check_adapter', 'check_four_bit']
 
-# %% ../../nbs/reference/guards/models.ipynb #c6fab1c0
+# %% ../../nbs/reference/guards/models.ipynb #36d18c69
 import json
 from collections.abc import Collection
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..errors import ModelError, SftlabError
 
-# %% ../../nbs/reference/guards/models.ipynb #b2fd55cc
+# %% ../../nbs/reference/guards/models.ipynb #c014ee1e
 def check_causal(
     config, # of the model, from transformers
     where:str, # the model's folder or hub id
@@ -35,7 +35,7 @@ def check_causal(
         raise ModelError(f"{where} is an encoder (of type {kind}), which reads a text from both "
                          f"sides and cannot continue one: {advice}")
 
-# %% ../../nbs/reference/guards/models.ipynb #d5491c8a
+# %% ../../nbs/reference/guards/models.ipynb #b895f45e
 def _some(names:Collection) -> str: # how many they are, and the first
     return f"{len(names)} ({min(names)}{', …' if len(names) > 1 else ''})"
 
@@ -54,7 +54,7 @@ def check_weights(
             f"{where} has tensors of another shape than its config.json says: "
             f"{name} is {list(found)}, not {list(wanted)}: the two files do not belong together")
 
-# %% ../../nbs/reference/guards/models.ipynb #59d1895a
+# %% ../../nbs/reference/guards/models.ipynb #5acaaf4d
 def check_tokenizer(
     tokenizer, # as it was loaded
     rows:int, # of the model's embedding
@@ -79,7 +79,7 @@ def check_tokenizer(
             "that came with the model, or call model.resize_token_embeddings(len(tokenizer)) "
             "and save both")
 
-# %% ../../nbs/reference/guards/models.ipynb #99cf9b46
+# %% ../../nbs/reference/guards/models.ipynb #9f553fee
 def read_json(
     path, # of a file that holds one JSON object
 ) -> dict:
@@ -143,7 +143,7 @@ def in_one_line(
         check_files(where)
         raise ModelError(f"{part}{where} cannot be loaded: {_plainer(e)}") from e
 
-# %% ../../nbs/reference/guards/models.ipynb #58c5a91e
+# %% ../../nbs/reference/guards/models.ipynb #7629e752
 def check_adapter_config(
     config:dict, # of adapter_config.json
     where:str, # the adapter's folder or hub id

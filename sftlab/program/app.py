@@ -8,7 +8,9 @@ __all__ = ['app', 'UsageError', 'Method', 'examples', 'quiet', 'shown', 'say', '
 # %% ../../nbs/reference/program/app.ipynb #59cd75e1
 import re
 from enum import Enum
+from importlib import metadata
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -20,8 +22,17 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
                   help="Supervised fine-tuning of language models, on a laptop.")
 UsageError = typer.BadParameter.__base__ # typer's own copy of click, or click in older versions
 
+def _show_version(wanted:bool):
+    if wanted:
+        print(metadata.version("sftlab"))
+        raise typer.Exit
+
 @app.callback(invoke_without_command=True, no_args_is_help=False)
-def _no_command(ctx:typer.Context):
+def _no_command(
+    ctx:typer.Context,
+    version:Annotated[bool, typer.Option(
+        "--version", is_eager=True, callback=_show_version, help="Show the version.")]=False,
+):
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
         raise typer.Exit(2)

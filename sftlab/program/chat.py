@@ -19,11 +19,6 @@ from ..guards.data import parse_tools
 from ..models import load, max_positions
 from .app import app, examples, quiet, shown
 
-# %% ../../nbs/reference/program/chat.ipynb #b2f3fa66
-def _prompt(tokenizer, messages:list, tools=None) -> list: # token ids, to where the model speaks
-    from sftlab.rendering import prompt_ids
-    return prompt_ids(tokenizer, messages, tools)
-
 # %% ../../nbs/reference/program/chat.ipynb #c179a7ce
 def _within(
     tokenizer, # with a chat template
@@ -32,9 +27,10 @@ def _within(
     tools:list=None, # what the model may call
 ) -> tuple: # messages that fit (none if not even the newest question does), and their token ids
     "Drop the oldest turns until the prompt fits."
+    from sftlab.rendering import prompt_ids
     first = 1 if messages[0]["role"] == "system" else 0
     system, turns = messages[:first], messages[first:]
-    while len(ids := _prompt(tokenizer, system + turns, tools)) > limit:
+    while len(ids := prompt_ids(tokenizer, system + turns, tools)) > limit:
         questions = [i for i, message in enumerate(turns) if message["role"] == "user"]
         if len(questions) < 2:
             return [], ids
@@ -75,7 +71,7 @@ def _reply(
     print(flush=True)
     return kept + [dict(role="assistant", content=answer)]
 
-# %% ../../nbs/reference/program/chat.ipynb #248d0f5a
+# %% ../../nbs/reference/program/chat.ipynb #e0a744d8
 def _asked(
     text:str, # a line that somebody typed
     messages:list, # the conversation until then
@@ -95,7 +91,7 @@ def _asked(
         return dict(role="tool", content=result.strip())
     return None
 
-# %% ../../nbs/reference/program/chat.ipynb #19c94aed
+# %% ../../nbs/reference/program/chat.ipynb #fe55da4d
 def _temperature(value:float) -> float:
     if value != 0 and not 0.01 <= value <= 100:
         raise typer.BadParameter("choose 0 (always the likeliest token), or 0.01 to 100")
@@ -114,13 +110,14 @@ def _tools_of(path:Path) -> list: # as chat templates expect them; None without 
 
 def _check_taken(tokenizer, system, tools):
     "Refuse a system message, or tools, that the chat template does not take."
+    from sftlab.rendering import prompt_ids
     question = [dict(role="user", content="Hello")]
     with_system = [dict(role="system", content=system or ""), *question]
     for given, option, messages, offered in ((system, "--system", with_system, None),
                                              (tools, "--tools", question, tools)):
         try:
             if given:
-                _prompt(tokenizer, messages, offered)
+                prompt_ids(tokenizer, messages, offered)
         except TemplateError as e:
             raise TemplateError(f"{option}: {e}") from e
 

@@ -60,7 +60,7 @@ def _counted(rows): # with a bar where there is a terminal
     from tqdm import tqdm
     return tqdm(rows, unit=" rows", disable=None, leave=False)
 
-# %% ../../nbs/reference/program/data.ipynb #0a512c9e
+# %% ../../nbs/reference/program/data.ipynb #d722e334
 _PLACEHOLDER = re.compile(r"\{\{[^{}\n]{1,60}\}\}")
 _FIELDS = {name for known in FORMATS.values() for name in known.fields + known.optional}
 _FEW = 3 # that are shown of many alike
@@ -98,7 +98,7 @@ def _remarks(row:dict, fields:set, control:re.Pattern) -> Iterator[tuple]: # (of
             yield "placeholders", (f"field {at!r} has {found[0]!r}, which looks like a placeholder "
                                    "that was never filled in; it is trained on as it is")
 
-# %% ../../nbs/reference/program/data.ipynb #43bbaa78
+# %% ../../nbs/reference/program/data.ipynb #27acce38
 def _kind(problem) -> tuple: # of a problem, without what differs from row to row
     what = re.sub(r"\(.*\)|'.*'|\d+", "", problem.what)
     return re.sub(r"\d+", "", problem.field), what
@@ -170,7 +170,8 @@ def check_command(
     about rows that can be used."""
     columns = columns_of(prompt_column, completion_column)
     fields = _FIELDS | {"input", "tools", *(columns or {}).values()}
-    check = _Check(file, fields, _control_tokens(_tokenizer(model)) if model else None)
+    control = None if model is None else _control_tokens(_tokenizer(model))
+    check = _Check(file, fields, control)
     for record in _counted(scan(file, columns)):
         check.add(record)
     check.end()
@@ -277,9 +278,9 @@ def stats_command(
     """Show what is in a file: lengths, turns, roles, scripts, near-duplicates, how much of it are
     answers."""
     columns = columns_of(prompt_column, completion_column)
-    tokenizer = _tokenizer(model) if model else None
+    tokenizer = _tokenizer(model) if model is not None else None
     rows = list(_counted(valid_rows(file, on_error.value, columns)))
-    table, unit = dataset_stats(rows, tokenizer), "tokens" if model else "characters"
+    table, unit = dataset_stats(rows, tokenizer), "tokens" if tokenizer else "characters"
     groups = near_duplicates([full_text(row) for row in rows])
     lengths, answers = table["length"], table["answers"].sum()
     if plot:

@@ -15,8 +15,8 @@ import typer
 
 from ..data import split_rows
 from ..errors import DataError, FinetuneError
-from ..files.rows import rejected_path
-from ..finetune import rows_that_fit
+from ..files.rows import rejected_path, scan
+from ..finetune import is_main_process, rows_that_fit
 from .app import say
 from .data import valid_rows
 
@@ -63,6 +63,11 @@ def _weighted(rows, weight, seed): # as many of the rows as the weight says
     return rows * whole + random.Random(seed).sample(rows, rest)
 
 # %% ../../nbs/reference/program/rows.ipynb #e1be370c
+def _read(name, on_error, columns): # the good rows; the main process tells and writes the others
+    if is_main_process():
+        return list(valid_rows(name, on_error, columns))
+    return [record.row for record in scan(name, columns) if not record.problems]
+
 def read_data(
     given:list, # of FILE or FILE=WEIGHT
     on_error:str, # "raise" or "quarantine"
@@ -73,7 +78,7 @@ def read_data(
     "The rows of all files, or some of them; raises a `DataError` for a file that has none."
     rows = []
     for name, weight in map(name_and_weight, given):
-        read = list(valid_rows(name, on_error, columns))
+        read = _read(name, on_error, columns)
         say("read", f"{len(read):,} rows from {name}")
         if on_error == "quarantine" and rejected_path(name).exists():
             say("", f"what cannot be used is in {rejected_path(name)}")

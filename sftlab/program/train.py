@@ -6,6 +6,7 @@
 __all__ = ['Keep', 'Service', 'train_command']
 
 # %% ../../nbs/reference/program/train.ipynb #d846d9dc
+import os
 import shlex
 import time
 from contextlib import ExitStack
@@ -18,13 +19,15 @@ from ..errors import FinetuneError
 from ..files.atomic import atomic_dir
 from ..finetune import (
     batch_sizes, context_length, default_learning_rate, encode_for_training, finetune,
-    held_out_losses, is_tiny, training_template, use_template, world_size)
-from ..models import load
+    held_out_losses, is_main_process, is_tiny, training_template, use_template, world_size)
+from ..guards.finetune import check_gpus, check_processes
+from ..models import load, pick_device
 from .app import Method, app, choices, examples, quiet, save_figure, say
 from .data import COMPLETION_COLUMN, ON_ERROR, PROMPT_COLUMN, columns_of
 from .rows import (
     check_file, file_hash, hold_out, name_and_weight, read_data, say_overlap, take_what_fits)
-from .settings import check_facts, from_config, unfinished, versions, write_json
+from .settings import (
+    check_facts, from_config, unfinished, unfinished_folder, versions, write_json)
 
 # %% ../../nbs/reference/program/train.ipynb #d4417d94
 def _question(row:dict) -> tuple: # messages before the first answer, tools
@@ -150,7 +153,8 @@ def _dry_run(net, tokenizer, rows, limit, settings):
     batch, accumulated = settings["batch_size"], settings["grad_accum"]
     _predict_memory(net, settings["method"], batch, limit, settings["lora_rank"] or 8)
     cut = [{name: ids[:limit] for name, ids in row.items()} for row in encoded]
-    seconds = _seconds_per_batch(net, cut, batch) * len(rows) / batch * settings["epochs"]
+    batches = len(rows) / batch / world_size() * settings["epochs"]
+    seconds = _seconds_per_batch(net, cut, batch) * batches
     lasts = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
     say("time", f"about {lasts} on {net.device.type}, the samples not counted ({batch} rows at "
                 f"once, {batch * accumulated * world_size()} rows a step)")
@@ -206,7 +210,9 @@ def _said_of_loss(before, after, keep) -> str: # None if all is well
     "--output runs/gsm8k",
     "sftlab train --data chats.jsonl --data code.jsonl=0.5 --output runs/two",
     "sftlab train --config runs/first/run.json --output runs/again",
-    "sftlab train --data chats.jsonl --output runs/first --dry-run"))
+    "sftlab train --data chats.jsonl --output runs/first --dry-run",
+    "torchrun --nproc_per_node 2 -m sftlab train --data chats.jsonl --output runs/first",
+    "accelerate launch --multi_gpu --num_processes 2 -m sftlab train --data chats.jsonl …"))
 def train_command(
     ctx:typer.Context,
     data:Annotated[list[str], typer.Option(
@@ -274,8 +280,10 @@ def train_command(
              "command line counts more.")]=None,
 ):
     """Fine-tune a model on a file. Shows the loss and answers to held-out questions before and
-    after. Stopped, it goes on when the same command is given again."""
+    after. Stopped, it goes on when the same command is given again. Several GPUs share the rows of
+    a step when torchrun or accelerate starts a process for each."""
     start = time.time()
+    check_processes(os.environ)
     service = report_to.value if report_to else None
     columns = columns_of(prompt_column, completion_column)
     for name in data:
@@ -291,11 +299,15 @@ def train_command(
         lora_rank=lora_rank, lora_alpha=lora_alpha, lora_targets=lora_targets,
         lora_dropout=lora_dropout, batch_size=batch_size, grad_accum=grad_accum,
         max_length=max_length, max_rows=max_rows, seed=seed, keep=keep.value, patience=patience,
-        report_to=service, on_error=on_error.value,
+        report_to=service, on_error=on_error.value, processes=world_size(),
         versions=versions("sftlab", "torch", "transformers", "trl", "peft"))
     check_facts(config, ctx.meta.get("facts", {}), settings)
     if dry_run:
-        _run(settings, columns, None, None)
+        if is_main_process():
+            _run(settings, columns, None, None)
+        return
+    if not is_main_process():
+        _run(settings, columns, output, unfinished_folder(output))
         return
     with ExitStack() as stack:
         folder = stack.enter_context(atomic_dir(output, overwrite, mark="run.json"))
@@ -308,10 +320,19 @@ def train_command(
     say("next", f"sftlab chat {shlex.quote(str(output))}")
 
 # %% ../../nbs/reference/program/train.ipynb #826444d5
+def _device(model) -> str: # None: the one that `load` chooses
+    if world_size() == 1 or model == "tiny" or pick_device() == "cpu":
+        return None
+    import torch
+    check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count())
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return f"cuda:{os.environ['LOCAL_RANK']}"
+
 def _load(settings) -> tuple: # model, tokenizer
     model, method = settings["model"], settings["method"]
     quiet()
-    net, tokenizer = load(model, four_bit=True if method == "qlora" else None)
+    four_bit = True if method == "qlora" else None
+    net, tokenizer = load(model, device=_device(model), four_bit=four_bit)
     if settings["template"]:
         tokenizer = use_template(net, tokenizer, settings["template"], method)
     four_bit = "4 bits and " if getattr(net, "is_loaded_in_4bit", False) else ""
@@ -352,7 +373,11 @@ def _run(settings, columns, folder, checkpoints) -> dict: # what is known of the
     if folder is None:
         _dry_run(net, tokenizer, rows, limit, filled)
         return {}
-    questions = _questions(tokenizer, held_out, limit)
+    if world_size() > 1:
+        batch, accumulated = filled["batch_size"], filled["grad_accum"]
+        say("processes", f"{world_size()}, each with {batch} rows at once: "
+                         f"{batch * accumulated * world_size()} rows a step")
+    questions = _questions(tokenizer, held_out, limit) if is_main_process() else []
     answers_before = _answers(net, tokenizer, questions)
     say("train", f"{settings['epochs']:g} epochs, learning rate {rate:g}; stopped with Ctrl-C, it "
                  "goes on when the same command is given again")
@@ -361,6 +386,9 @@ def _run(settings, columns, folder, checkpoints) -> dict: # what is known of the
         held_out, [_progress()], checkpoints, lora, filled["batch_size"], filled["grad_accum"],
         limit, settings["keep"] == "best", settings["patience"],
         [settings["report_to"]] if settings["report_to"] else [])
+    trainer.accelerator.end_training()
+    if not is_main_process():
+        return {}
     for made in (folder / "made").iterdir():
         made.rename(folder / made.name)
     (folder / "made").rmdir()
