@@ -172,7 +172,7 @@ def _complete_batch(model, tokenizer, prompts, max_new_tokens, stop_ids):
     ids, mask = _left_padded(rows, tokenizer.pad_token_id, model.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache, new, done = None, [[] for _ in rows], [False] * len(rows)
-    for _ in range(min(max_new_tokens, model.config.max_position_embeddings - ids.shape[1])):
+    for _ in range(min(max_new_tokens, (max_positions(model) or math.inf) - ids.shape[1])):
         with torch.no_grad():
             out = model(input_ids=ids, attention_mask=mask, position_ids=positions,
                         past_key_values=cache, use_cache=True)

@@ -4,6 +4,7 @@ Every pair of a model, a method, a file and a size is in one of the runs that ea
 of them together are the thorough ones.
 """
 import gc
+import json
 import math
 from itertools import combinations, product
 
@@ -22,12 +23,14 @@ from sftlab.rendering import prompt_ids
 
 METHODS = ("full", "lora", "qlora")
 SIZES = ("small", "large")  # with the settings for small models, or with those for large ones
+NEVER = ("mamba", "qlora")
 REFUSED = {  # model and method -> what `load` or `finetune` says
     ("mamba", "lora"): "no adapter can be put on all-linear",
-    ("mamba", "qlora"): "cannot compute with weights in four bits: load it without",
+    NEVER: "cannot compute with weights in four bits: load it without",
 }
 TARGETS = dict(mamba=["in_proj"])  # layers that an adapter is put on; elsewhere all
-RUNS = [run for run in product(zoo.MODELS, METHODS, zoo.SHAPES, SIZES) if run[:2] != ("mamba", "qlora")]
+ROUTED = 5e-4  # relative; the loss that is trained on also has a term that keeps experts balanced
+RUNS = [run for run in product(zoo.MODELS, METHODS, zoo.SHAPES, SIZES) if run[:2] != NEVER]
 
 
 def pairs(run):
@@ -52,7 +55,7 @@ OTHERS = [run for run in RUNS if run not in CHOSEN]
 def test_every_pair_is_covered():
     covered = set().union(*map(pairs, CHOSEN))
     assert covered == set().union(*map(pairs, RUNS))
-    met = {run[:2] for run in CHOSEN} | {("mamba", "qlora")}
+    met = {run[:2] for run in CHOSEN} | {NEVER}
     assert met == set(product(zoo.MODELS, METHODS))
     assert len(CHOSEN) <= 80
 
@@ -108,6 +111,22 @@ def expected(tokenizer, talk):
         labels.append(token if mask and answers[turn].get("weight", 1) else -100)
     assert turn == len(answers) - 1
     return dict(input_ids=made["input_ids"], labels=labels)
+
+
+def check_by_hand(tokenizer, row, talk, template):
+    "What is learned of a row, as text: the answers, in order, each with its end, and little more."
+    text = tokenizer.decode([label for label in row["labels"] if label != -100])
+    answers = [m for m in talk["messages"] if m["role"] == "assistant" and m.get("weight", 1)]
+    parts = text.split(zoo.END[template])
+    assert parts.pop().strip() == "" and len(parts) == len(answers)
+    for part, answer in zip(parts, answers):
+        thought = answer.get("reasoning_content", "")
+        content = answer["content"].split("</think>")[-1].strip()
+        assert thought in part and content in part
+        for call in answer.get("tool_calls", []):
+            assert json.dumps(call["function"]["arguments"], ensure_ascii=False) in part
+        if template != "qwen3":
+            assert part.strip() == content
 
 
 def plain_loss(model, rows):
@@ -174,12 +193,14 @@ def check(run, bases, files, folder, monkeypatch):
     name, method, shape, size = run
     if size == "large":
         monkeypatch.setattr("sftlab.finetune.is_tiny", lambda model: False)
-    four_bit = method == "qlora"
-    model, tokenizer = load(bases(name, zoo.template_of(name, shape)), four_bit=four_bit)
+    four_bit, template = method == "qlora", zoo.template_of(name, shape)
+    model, tokenizer = load(bases(name, template), four_bit=four_bit)
     rows, talks = files[shape]
     want = [expected(tokenizer, talk) for talk in talks]
-    assert max(len(row["input_ids"]) for row in want) < zoo.LENGTH
-    before, at_first = plain_loss(model, want[8:]), plain_loss(model, want[:8])
+    for row, talk in zip(want, talks):
+        check_by_hand(tokenizer, row, talk, template)
+        assert len(row["input_ids"]) < zoo.LENGTH
+    held_out, first = plain_loss(model, want[8:]), plain_loss(model, want[:8])
     batches = seen_in_training(monkeypatch)
     adapter = None
     if name in TARGETS and method != "full":
@@ -187,6 +208,7 @@ def check(run, bases, files, folder, monkeypatch):
 
     trainer = finetune(model, tokenizer, rows[:8], folder, method, epochs=2, learning_rate=1e-2,
                        eval_rows=rows[8:], lora=adapter)
+    saved, its_tokenizer = load(str(folder), four_bit=four_bit)
 
     # The text that is learned is the text that the template gives, and nothing else.
     learned = trainer.train_dataset
@@ -194,22 +216,23 @@ def check(run, bases, files, folder, monkeypatch):
     assert as_pairs(learned) == as_pairs(want[:8])
     assert unpadded(batches) == sorted(2 * as_pairs(want[:8]))
 
-    # The losses are those of just this text.
+    # The losses are those of just this text, and what was saved has learned it.
     history = trainer.state.log_history
-    losses = held_out_losses(history)
-    assert math.isclose(losses[0], before, rel_tol=1e-5)
-    first = next(entry["loss"] for entry in history if "loss" in entry)
-    assert math.isclose(first, at_first, rel_tol=5e-4 if name == "mixtral" else 1e-5)
-    saved, its_tokenizer = load(str(folder), four_bit=four_bit)
-    after = plain_loss(saved, want[8:])
-    assert math.isclose(losses[-1], after, rel_tol=1e-5) and after != before
+    before, *_, after = held_out_losses(history)
+    assert math.isclose(before, held_out, rel_tol=1e-5)
+    assert math.isclose(after, plain_loss(saved, want[8:]), rel_tol=1e-5)
+    logged = next(entry["loss"] for entry in history if "loss" in entry)
+    assert math.isclose(logged, first, rel_tol=ROUTED if name == "mixtral" else 1e-5)
+    assert plain_loss(saved, want[:8]) < first - 0.05
 
-    # Whoever asks gets the same answers.
+    # Whoever asks gets the same answers, which end where an answer ends.
+    end = its_tokenizer.convert_tokens_to_ids(zoo.END[template])
+    stops = saved.generation_config.eos_token_id
+    assert end == stops or end in stops
     ours = our_answers(saved, its_tokenizer, talks[8:])
     assert ours == answers_of_a_pipeline(talks[8:], model=saved, tokenizer=its_tokenizer)
     if method == "full":
         assert ours == answers_of_a_pipeline(talks[8:], model=str(folder))
-    print("DIST", losses, at_first, plain_loss(saved, want[:8]), ours)
 
 
 def names(run): return "-".join(run)

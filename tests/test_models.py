@@ -156,6 +156,7 @@ def test_tensors_that_nobody_needs_do_no_harm(copy):
 @pytest.mark.parametrize("name, message", [
     ("Bert", "an encoder .of type bert., which reads a text from both sides"),
     ("Roberta", "an encoder .of type roberta."), ("Electra", "an encoder .of type electra."),
+    ("XLNet", "an encoder .of type xlnet."),
     ("T5", "an encoder-decoder .of type t5."), ("Bart", "an encoder-decoder .of type bart."),
     ("Whisper", "an encoder-decoder .of type whisper."),
     ("ViT", "of type vit, which does not write text"),

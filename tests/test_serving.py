@@ -183,4 +183,5 @@ def drop_rows(file):
 def test_trained_rows_of_a_tied_embedding_in_lm_eval(made, evaluated):
     "lm-eval ties weights anew, where PEFT has put a layer: merge first. When this fails, it works."
     with pytest.raises(AttributeError, match="embed_tokens"):
-        evaluated(pretrained=str(tiny_path()), peft=str(made / "lora"), tokenizer=str(made / "lora"))
+        evaluated(pretrained=str(tiny_path()), peft=str(made / "lora"),
+                  tokenizer=str(made / "lora"))

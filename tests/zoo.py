@@ -16,12 +16,10 @@ from sftlab.models import tiny_path
 
 LENGTH = 1024  # tokens that each model can read
 MODELS = {name: ARCHITECTURES[name] for name in (
-    "llama", "qwen2", "qwen3", "gemma", "gpt2", "neox", "opt", "bloom", "mixtral", "mamba")}
-# Logits that are bent before the softmax, and a model whose text part is one of two.
+    "llama", "qwen2", "qwen3", "gpt2", "neox", "opt", "bloom", "mixtral", "mamba", "gemma3")}
+# Logits that are bent before the softmax. (Gemma 3 has a part for pictures, too.)
 MODELS["gemma2"] = ("Gemma2Config", LLAMA_LIKE | dict(
     head_dim=16, sliding_window=32, final_logit_softcapping=0.5))
-MODELS["gemma3"] = ARCHITECTURES["gemma3"]
-
 # GPT-2's and OPT's are not 0, and then no two passes have the same loss.
 DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout")
 
@@ -35,7 +33,8 @@ TEMPLATES = dict(
 CONTROL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
            "<bos>", "<start_of_turn>", "<end_of_turn>"]
 BOS = dict(llama3="<|begin_of_text|>", gemma3="<bos>")
-PLAIN = dict(llama="llama3", mixtral="llama3", gemma="gemma3", gemma2="gemma3", gemma3="gemma3")
+PLAIN = dict(llama="llama3", mixtral="llama3", gemma2="gemma3", gemma3="gemma3")
+END = dict(chatml="<|im_end|>", llama3="<|eot_id|>", gemma3="<end_of_turn>", qwen3="<|im_end|>")
 
 
 def template_of(model, shape):

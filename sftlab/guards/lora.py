@@ -14,8 +14,6 @@ import re
 from numbers import Real
 from pathlib import Path
 
-import torch
-
 from ..errors import LoRAError
 from .options import check_count
 
@@ -160,7 +158,7 @@ def check_effective(
         raise LoRAError(f"lora_B is zero in {len(idle)} of {len(layers)} layers, "
                         f"such as {idle[0]}: it was not trained, or its weights were not loaded")
 
-# %% ../../nbs/reference/guards/lora.ipynb #5cfb21ef
+# %% ../../nbs/reference/guards/lora.ipynb #f19f636f
 def check_adapter_folder(
     folder, # whose adapter shall be merged
 ):
@@ -202,7 +200,7 @@ def check_not_shared(
             raise LoRAError("the adapter is on an embedding that is the output layer, too, and a "
                             "merge would change both: use the adapter as it is")
 
-# %% ../../nbs/reference/guards/lora.ipynb #669cf9f1
+# %% ../../nbs/reference/guards/lora.ipynb #34dfc17c
 MOST = {"float32": 0.005, "float16": 0.03, "bfloat16": 0.1, "four-bit": 1.0}
 
 def check_merge(

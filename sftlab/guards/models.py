@@ -31,6 +31,7 @@ def check_causal(
     decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     text = config.get_text_config(decoder=True)
     both_ways = getattr(text, "use_bidirectional_attention", None) in (True, "all")
+    both_ways = both_ways or getattr(text, "attn_type", None) == "bi" # XLNet
     if both_ways or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder:
         raise ModelError(f"{where} is an encoder (of type {kind}), which reads a text from both "
                          f"sides and cannot continue one: {advice}")

@@ -41,7 +41,7 @@ def check_conversation(
         raise TemplateError(f"messages[0] is {kind_of(first)}: make it a dict, such as "
                             '{"role": "user", "content": "Hi"}')
     if "messages" in first:
-        raise TemplateError('these are many rows: give the messages of one, rows[0]["messages"], or '
+        raise TemplateError('these are rows: give the messages of one, rows[0]["messages"], or '
                             "encode all with `sftlab.masking.encode_rows`")
 
 def check_messages(
