@@ -20,7 +20,7 @@ from .errors import FinetuneError, MaskError
 from .files.atomic import atomic_dir, atomic_file
 from .guards.finetune import (
     check_answers_fit, check_answers_stop, check_eos, check_ids, check_length, check_method,
-    check_new_tokens, check_processes, check_result, check_same_world, check_shared)
+    check_new_tokens, check_processes, check_result, check_same_world, check_shared, check_targets)
 from .guards.rows import check_message_rows
 from .models import max_positions
 
@@ -121,6 +121,7 @@ def add_lora(
     """Put a LoRA adapter next to linear layers; for the tiny model learn the chat template's own
     tokens too. Raises a `FinetuneError` where the model has no such layers."""
     from peft import LoraConfig, get_peft_model
+    check_targets(model, target_modules)
     marks = []
     if is_tiny(model):
         template = training_template(tokenizer)
@@ -325,13 +326,17 @@ def _trainer(model, args, tokenizer, encoded, callbacks):
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import SFTTrainer
+    exact = {name: p.data for name, p in _trained(model).items()}
+    text = model.config.get_text_config()
+    routed = getattr(text, "output_router_logits", None)
     trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list(encoded),
                          processing_class=tokenizer, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
-    if not args.bf16: # TRL makes the adapter of a 4-bit model bfloat16 everywhere
-        for p in model.parameters():
-            if p.requires_grad:
-                p.data = p.data.float()
+    if not args.bf16: # TRL rounds the adapter of a 4-bit model to bfloat16
+        for name, p in _trained(model).items():
+            p.data = exact[name]
+    if routed is not None: # TRL sets it, and a saved model would add another loss to its own
+        text.output_router_logits = routed
     return trainer
 
 def _stop_at(model, tokenizer, others):
@@ -339,7 +344,10 @@ def _stop_at(model, tokenizer, others):
     known = model.generation_config.eos_token_id
     known = [known] if isinstance(known, int) else known
     more = tokenizer.convert_tokens_to_ids(others)
-    model.generation_config.eos_token_id = list(dict.fromkeys([*known, *more]))
+    settings = model.generation_config
+    settings.eos_token_id = list(dict.fromkeys([*known, *more]))
+    if not settings.do_sample: # some bases set these all the same, and could not be saved
+        settings.temperature = settings.top_p = settings.top_k = None
 
 def _save(model, tokenizer, folder):
     model.save_pretrained(folder)

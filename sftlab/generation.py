@@ -132,7 +132,7 @@ def stream_ids(
 # %% ../nbs/01_base_vs_instruct.ipynb #733a515c
 def stream(
     model, tokenizer,
-    prompt_ids:list, # token ids of the prompt
+    prompt_ids:list, # token ids of the prompt, as `sftlab.rendering.prompt_ids` gives them
     max_new_tokens:int=256, # when to stop at the latest
     stop_ids=None, # by default `stop_token_ids`
     temperature:float=0.0, # 0 is greedy

@@ -79,9 +79,10 @@ def _on_hub(name):
             f"({type(e).__name__}). {hint}; or connect once to download it.") from None
 
 def find(
-    name:str, # "tiny", a folder or a hub id
+    name, # "tiny", a folder (a string or a path) or a hub id
 ) -> str: # a folder or a hub id that can be loaded
     "Where the model of that name is; raises a `ModelError` where there is none."
+    name = str(name)
     if not name.strip():
         raise ModelError("the model's name is empty: give a folder, a hub id, or one of: "
                          + ", ".join(PRESETS))
@@ -98,7 +99,7 @@ def find(
 
 # %% ../nbs/reference/models.ipynb #fd1b925b
 def load(
-    name:str=None, # a preset, a folder or a hub id; by default the preset's own model
+    name=None, # a preset, a folder (a string or a path) or a hub id; by default the preset's model
     preset:str=None, # a key of `PRESETS`; by default `$SFTLAB_PRESET`, else "tiny"
     device:str=None, # "cpu" or "cuda"; chosen where not given
     dtype=None, # a `torch.dtype`; chosen where not given
@@ -224,7 +225,8 @@ def _stops_of_both(model, tokenizer):
     "Stop `generate` and pipelines where `sftlab chat` stops: at the tokenizer's end token too."
     from sftlab.generation import stop_token_ids
     stops = sorted(stop_token_ids(model, tokenizer))
-    if stops and model.generation_config.eos_token_id not in (stops[0], stops):
+    named = model.generation_config.eos_token_id
+    if stops and named != stops and [named] != stops:
         model.generation_config.eos_token_id = stops
 
 # %% ../nbs/reference/models.ipynb #ced60536

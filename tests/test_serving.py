@@ -7,6 +7,7 @@ model, trained or merged, needs none.
 import contextlib
 import io
 import json
+import shutil
 import warnings
 
 import pytest
@@ -90,6 +91,14 @@ def base():
 @pytest.mark.parametrize("name", ("lora", "full", "merged"))
 def test_load_and_generate(made, expected, name):
     assert generated(load(str(made / name))[0], made / name) == expected[name]
+
+
+def test_an_adapter_of_peft_stops_too(made, expected, tmp_path):
+    "PEFT saves no generation settings: the end token of the tokenizer beside it counts."
+    folder = tmp_path / "peft"
+    shutil.copytree(made / "lora", folder)
+    (folder / "generation_config.json").unlink()
+    assert generated(load(str(folder))[0], folder) == expected["lora"]
 
 
 @pytest.mark.parametrize("name", ("full", "merged"))

@@ -188,6 +188,13 @@ def test_a_model_in_memory_gets_an_adapter(tmp_path):
     assert config["base_model_name_or_path"] in (None, "")
 
 
+def test_a_base_with_values_for_sampling_is_saved_all_the_same(tmp_path):
+    model, tokenizer = load("tiny")
+    model.generation_config.temperature = model.generation_config.top_p = 0.6
+    finetune(model, tokenizer, TALKS[:8], tmp_path / "out", epochs=0.5)
+    assert load(str(tmp_path / "out"))[0].generation_config.eos_token_id == [2, 0]
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     config = load("tiny")[0].config
     config.vocab_size = 100

@@ -177,6 +177,12 @@ def check_adapter(
         raise ModelError(f"the adapter {where} was made for another base than {base}, which has no "
                          f"place for tensors of it: {_some(strange)}")
 
+def _share_in_four_bits(model) -> float: # of the linear layers, and the tables of experts
+    inside = sum(layer.in_features * layer.out_features for layer in model.modules()
+                 if type(layer).__name__ == "Linear4bit")
+    experts = sum(p.numel() for p in model.parameters() if p.dim() > 2)
+    return inside / (inside + experts)
+
 def check_four_bit(
     model, # loaded with its weights in four bits
     where:str, # the model's folder or hub id
@@ -187,6 +193,9 @@ def check_four_bit(
     kinds = {type(layer).__name__ for layer in model.modules()}
     if "Linear4bit" not in kinds:
         raise ModelError(f"{where} has no layers that can be held in four bits: {advice}")
+    if (share := _share_in_four_bits(model)) < 0.5:
+        raise ModelError(f"{where} (of type {model.config.model_type}) keeps {1 - share:.0%} of "
+                         f"its layers, the experts, out of four bits: {advice}")
     try:
         with torch.no_grad():
             model(input_ids=torch.tensor([[0, 0, 0]], device=model.device), use_cache=False)

@@ -375,8 +375,8 @@ def _run(settings, columns, folder, checkpoints) -> dict: # what is known of the
         return {}
     if world_size() > 1:
         batch, accumulated = filled["batch_size"], filled["grad_accum"]
-        say("processes", f"{world_size()}, each with {batch} rows at once: "
-                         f"{batch * accumulated * world_size()} rows a step")
+        say("shared", f"by {world_size()} processes, each with {batch} rows at once: "
+                      f"{batch * accumulated * world_size()} rows a step")
     questions = _questions(tokenizer, held_out, limit) if is_main_process() else []
     answers_before = _answers(net, tokenizer, questions)
     say("train", f"{settings['epochs']:g} epochs, learning rate {rate:g}; stopped with Ctrl-C, it "
