@@ -72,8 +72,8 @@ def main(
         args = sys.argv[1:] if args is None else args
         with _one_speaks():
             status = app(args, prog_name="sftlab", standalone_mode=False, obj=args) or 0
-        if status == 130: # what typer makes of Ctrl-C; older versions abort
-            return _fail("stopped", 130)
+            if status == 130: # what typer makes of Ctrl-C; older versions abort
+                raise KeyboardInterrupt
         return status
     except UsageError as e:
         path = e.ctx.command_path if e.ctx else "sftlab"

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from sftlab import cli
-from sftlab.data import to_messages
 from sftlab.errors import FinetuneError
 from sftlab.finetune import finetune
 from sftlab.guards.finetune import check_processes
@@ -26,29 +25,30 @@ WORDS = "cat dog fox hen cow pig bee ant owl bat elk emu ram cub kid doe yak ewe
 ROWS = [dict(instruction=f"Say {word} twice.", output=f"{word} {word}") for word in WORDS]
 PLACE = dict(RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
 
+# `sftlab`, whose every process writes down what it logged, and a sum of its weights.
 SCRIPT = """
 import json, os, sys
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-from test_distributed import figures
-out = sys.argv[2]
-with open(f"{out}.{os.environ['RANK']}.json", "w") as file:
-    json.dump(figures(out), file)
+from sftlab import cli
+from sftlab.program import train
+
+finetune = train.finetune
+names = ("loss", "grad_norm", "held_out_nll")
+
+def recorded(*args):
+    trainer = finetune(*args)
+    logged = [entry[n] for entry in trainer.state.log_history for n in names if n in entry]
+    weights = sum(p.double().abs().sum().item() for p in trainer.model.parameters())
+    with open(f"rank{os.environ.get('RANK')}.json", "w") as file:
+        json.dump(dict(logged=logged, weights=weights), file)
+    return trainer
+
+train.finetune = recorded
+sys.exit(cli.main())
 """
 
 
 def environment():
     return dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
-
-
-def figures(out):
-    "Train on 16 rows, and keep the best epoch: all that is logged, and a sum of weights."
-    rows = [to_messages(row) for row in ROWS]
-    trainer = finetune(*load("tiny"), rows[:16], out, "lora", epochs=2, eval_rows=rows[16:],
-                       keep_best=True, patience=2)
-    names = ("loss", "grad_norm", "held_out_nll")
-    logged = [entry[name] for entry in trainer.state.log_history for name in names if name in entry]
-    weights = sum(p.double().abs().sum().item() for p in trainer.model.parameters())
-    return dict(logged=logged, weights=weights)
 
 
 def run(command, cwd=None, timeout=300):
@@ -69,41 +69,43 @@ def folder(tmp_path_factory):
     return path
 
 
-def words(data, output):
-    return ["train", "--data", data, "--output", output, "--method", "full", "--epochs", "10",
-            "--on-error", "quarantine"]
-
-
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    done = run([*TORCHRUN, tmp_path / "script.py", __file__, tmp_path / "two"])
-    assert done.returncode == 0, done.stderr
-    one = figures(tmp_path / "one")
-    two, other = (json.loads((tmp_path / f"two.{rank}.json").read_text()) for rank in (0, 1))
-    assert two == other  # both have the same weights, those of the best epoch, too
-    assert two["logged"] == pytest.approx(one["logged"], rel=1e-6)
-    assert two["weights"] == pytest.approx(one["weights"], rel=1e-6)
-    assert sorted(os.listdir(tmp_path / "two")) == sorted(os.listdir(tmp_path / "one"))
-    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors")
-                    for name in ("one", "two"))
+def test_two_processes_give_the_numbers_and_files_of_one(folder):
+    (folder / "script.py").write_text(SCRIPT)
+    def words(output):
+        return ["script.py", "train", "--data", "bad.json", "--output", output, "--epochs", "2",
+                "--on-error", "quarantine", "--keep", "best", "--patience", "2"]
+    two = run([*TORCHRUN, *words("two")], folder)
+    assert two.returncode == 0, two.stderr
+    one = run([sys.executable, *words("one")], folder)
+    assert one.returncode == 0, one.stderr
+    main, other, alone = (json.loads((folder / f"rank{rank}.json").read_text())
+                          for rank in (0, 1, None))
+    assert main == other  # the other has the weights of the best epoch, too
+    assert main["logged"] == pytest.approx(alone["logged"], rel=1e-6)
+    assert main["weights"] == pytest.approx(alone["weights"], rel=1e-6)
+    assert sorted(os.listdir(folder / "two")) == sorted(os.listdir(folder / "one"))
+    ours, theirs = (load_file(folder / name / "adapter_model.safetensors")
+                    for name in ("two", "one"))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-4)
+    assert "by 2 processes, each with 4 rows at once: 8 rows a step" in two.stdout
+    assert two.stdout.count("question ") == one.stdout.count("question ") == 2
+    assert "[rank1]" not in two.stderr and not said(two)
+    assert len((folder / "bad.json.rejected.jsonl").read_text().splitlines()) == 1
 
 
 def complete(folder):
     return list(folder.glob("checkpoint-*/complete"))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_killed_with_all_its_processes_a_run_goes_on(folder):
-    whole = run([*TORCHRUN, "-m", "sftlab", *words("bad.json", "whole")], folder)
+    command = [*TORCHRUN, "-m", "sftlab", "train", "--data", "rows.json", "--method", "full",
+               "--epochs", "10", "--output"]
+    whole, again = run([*command, "whole"], folder), [*command, "broken"]
     assert whole.returncode == 0, whole.stderr
-    assert "by 2 processes, each with 4 rows at once: 8 rows a step" in whole.stdout
-    assert whole.stdout.count("question ") == 2 and "[rank1]" not in whole.stderr
-    assert len((folder / "bad.json.rejected.jsonl").read_text().splitlines()) == 1
-    again = [*TORCHRUN, "-m", "sftlab", *words("bad.json", "broken")]
     with subprocess.Popen(again, cwd=folder, env=environment(), start_new_session=True,
                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as group:
         limit = time.time() + 200
@@ -123,23 +125,23 @@ def test_killed_with_all_its_processes_a_run_goes_on(folder):
     assert ours["processes"] == 2 and ours["steps"] == 20
     weights = [(folder / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert weights[0] == weights[1]
-    assert not list(folder.glob(".*"))  # nothing is left
+    assert not list(folder.glob(".broken*"))  # nothing is left
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data, says", [
-    ("bad.json", "row 19: field 'output' is missing"),
-    ("rows.json", "is there already and is not an empty folder"),
+@pytest.mark.parametrize("data, output, says", [
+    ("bad.json", "new", "row 19: field 'output' is missing"),
+    ("rows.json", "full", "is there already and is not an empty folder"),
 ], ids=["rows", "folder"])
-def test_a_refusal_ends_all_processes_with_one_line(folder, data, says):
+def test_a_refusal_ends_all_processes_with_one_line(folder, data, output, says):
     (folder / "full").mkdir(exist_ok=True)
     (folder / "full/mine.txt").write_text("what I wrote")
-    command = [*TORCHRUN, "-m", "sftlab", "train", "--data", data, "--output", "full"]
+    command = [*TORCHRUN, "-m", "sftlab", "train", "--data", data, "--output", output]
     done = run(command, folder, timeout=100)
     assert done.returncode != 0 and done.stdout == ""
     assert len(said(done)) == 1 and says in said(done)[0]
     assert done.stderr.count("Traceback (most recent call last)") <= 1  # the launcher's own
-    assert os.listdir(folder / "full") == ["mine.txt"]
+    assert os.listdir(folder / "full") == ["mine.txt"] and not (folder / "new").exists()
 
 
 @pytest.mark.slow

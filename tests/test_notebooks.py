@@ -21,7 +21,7 @@ NOTEBOOKS = [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("nbs/**/*.
              if not p.parent.name.startswith(".")]
 LESSONS = yaml.safe_load((ROOT / "tools/lessons.yml").read_text("utf-8"))
 BUDGET = {f"nbs/{row['notebook']}.ipynb": row["seconds"] for row in LESSONS if "notebook" in row}
-LONGER = ("audit/memory", "tiny/pretraining", "cli")
+LONGER = ("audit/memory", "tiny/pretraining", "cli", "using")
 BUDGET |= {f"nbs/reference/{name}.ipynb": 40 for name in LONGER}
 FACTOR = float(os.environ.get("SFTLAB_TIME_FACTOR", 1))  # 2 on a machine shared with others
 FACTOR *= int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # two at a time have a core each

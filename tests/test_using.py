@@ -249,4 +249,6 @@ def test_a_table_serves_as_well_as_a_list(tiny, tmp_path):
     batch = collate(encode_rows(tokenizer, table), tokenizer.pad_token_id)
     assert audit_labels([batch], tokenizer, table).talks[0].found == {}
     write_rows(table, tmp_path / "again.jsonl")
-    assert read_rows(tmp_path / "again.jsonl") == listed
+    again = [{name: value for name, value in row.items() if value is not None}
+             for row in read_rows(tmp_path / "again.jsonl")]
+    assert again == listed  # a field that is None counts as missing

@@ -69,7 +69,8 @@ def unfinished(
 # %% ../../nbs/reference/program/settings.ipynb #90f8cb4c
 RESULTS = ("command", "rows", "rows_cut", "rows_left_out", "rows_trained", "rows_held_out", "steps",
            "held_out_nll_before", "held_out_nll_after", "warning", "seconds")
-FACTS = ("data_sha256", "eval_data_sha256", "processes", "versions") # must be the same again
+FACTS = ( # must be the same again
+    "data_sha256", "eval_data_sha256", "template_sha256", "processes", "versions")
 
 def _check_setting(path, name, value, params):
     if name not in params:
