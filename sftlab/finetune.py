@@ -307,7 +307,7 @@ def finetune(
                            [*watch, *callbacks, *mark])
         trainer.train(resume_from_checkpoint=_newest(checkpoints) if checkpoints else None)
         model.eval()
-        if best and best.exists(): # the main process has written it
+        if best and _from_main(best.exists()): # the main process has written it
             _take_best(model, best)
         check_result(model, learning_rate)
         _stop_at(model, tokenizer, others)
