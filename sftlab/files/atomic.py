@@ -42,12 +42,12 @@ def _remove(path):
         with suppress(OSError):
             path.unlink()
 
-def _sweep(path) -> int: # the number of a process that is writing `path` now; 0: none is
+def _sweep(path) -> Path: # the partial file of a process that is writing `path`; None: none is
     "Remove what killed processes left of `path`."
-    busy = 0
+    busy = None
     for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         if _live(partial):
-            busy = _writer(partial)
+            busy = partial
         else:
             _remove(partial)
     return busy
@@ -113,9 +113,10 @@ def atomic_dir(
     try:
         _check_place(path, final, overwrite, mark)
         final.parent.mkdir(parents=True, exist_ok=True)
-        if pid := _sweep(final):
-            raise OutputError(f"{path}: another run (process {pid}) is writing it now: "
-                              "wait for it, or name another folder")
+        if busy := _sweep(final):
+            raise OutputError(f"{path}: another run (process {_writer(busy)}) is writing it now: "
+                              "wait for it, name another folder, or, if there is no such run, "
+                              f"remove {busy}")
         partial.mkdir()
     except OSError as e:
         raise OutputError(f"{path}: cannot be made: {e.strerror or e}") from e
