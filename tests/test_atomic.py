@@ -61,7 +61,8 @@ def test_a_folder_that_another_process_is_writing_is_left_to_it(tmp_path):
         while not list(tmp_path.glob(".run.*.partial")):
             assert child.poll() is None
             time.sleep(0.01)
-        with pytest.raises(OutputError, match=rf"another run \(process {child.pid}\).* remove .*partial"):
+        says = rf"another run \(process {child.pid}\).* remove .*partial"
+        with pytest.raises(OutputError, match=says):
             with atomic_dir(path):
                 pass
     finally:
