@@ -382,20 +382,20 @@ def _held_out_callback(encoded, max_length, best, patience):
     weights of the best epoch, and stops after `patience` epochs that were none."""
     from transformers import TrainerCallback
     class HeldOut(TrainerCallback):
-        def measure(self, args, state, model):
+        def on_train_begin(self, args, state, control, model=None, **_):
+            known = [entry["step"] for entry in state.log_history if "held_out_nll" in entry]
+            whole_epochs = float(state.epoch or 0).is_integer()
+            if whole_epochs and state.global_step not in known: # else it was measured earlier
+                self.on_epoch_end(args, state, control, model)
+        def on_epoch_end(self, args, state, control, model=None, **_):
             nll = _nll(model, encoded, args.per_device_train_batch_size, max_length)
             nll = _from_main(nll) # so that all stop at the same time
             entry = dict(held_out_nll=nll, epoch=state.epoch or 0, step=state.global_step)
             state.log_history.append(entry)
-        def on_train_begin(self, args, state, control, model=None, **_):
-            if not state.global_step:
-                self.measure(args, state, model) # else this was measured earlier
-        def on_epoch_end(self, args, state, control, model=None, **_):
-            self.measure(args, state, model)
             _, *epochs = held_out_losses(state.log_history)
-            if best and epochs[-1] == min(epochs) and is_main_process():
+            if best and epochs and epochs[-1] == min(epochs) and is_main_process():
                 _keep(model, best)
-            if patience and len(epochs) - 1 - epochs.index(min(epochs)) >= patience:
+            if patience and epochs and len(epochs) - epochs.index(min(epochs)) > patience:
                 control.should_training_stop = True
     return HeldOut()
 
