@@ -250,6 +250,18 @@ def test_a_template_from_a_file(folder, bare):
     assert learned.strip() == TALKS[0]["messages"][1]["content"] + "<|endoftext|>"
 
 
+@pytest.mark.parametrize("space", ["", " "])
+def test_a_prompt_that_ends_in_other_tokens_than_training_is_pointed_out(folder, bare, space):
+    file = folder / "space.jinja"
+    file.write_text("{% for m in messages %}### {{ m.role }}:" + space + "{{ m.content }}"
+                    "<|endoftext|>{% endfor %}{% if add_generation_prompt %}### assistant:" + space
+                    + "{% endif %}")
+    status, said, _ = call(*TRAIN, folder / "chats.jsonl", "--model", bare, "--template", file,
+                           "--output", folder / "x", "--dry-run")
+    assert status == 0
+    assert ("the answer begins after other tokens" in said) == (space == " ")
+
+
 def test_new_tokens_want_full_fine_tuning(folder, bare):
     words = [*TRAIN, folder / "chats.jsonl", "--model", bare, "--template", "llama3", "--epochs",
              0.5]

@@ -361,6 +361,20 @@ def _rows(settings, read, apart, tokenizer, limit) -> tuple: # to train on, held
         rows=len(read), rows_cut=longer, rows_left_out=len(read) - len(fit),
         rows_trained=len(rows), rows_held_out=len(held_out))
 
+def _say_where_use_differs(tokenizer, rows):
+    "Say if answers begin after other tokens in training than in use: the model would not answer."
+    from sftlab.rendering import prompt_ids
+    some, differ = rows[:50], 0
+    for row, encoded in zip(some, encode_for_training(tokenizer, some)):
+        prompt, labels = prompt_ids(tokenizer, *_question(row)), encoded["labels"]
+        begin = next(i for i, label in enumerate(labels) if label != -100)
+        first = row["messages"][len(_question(row)[0])]
+        differ += first.get("weight") != 0 and encoded["input_ids"][:begin] != prompt
+    if differ:
+        say("warning", f"in {differ} of the first {len(some)} rows the answer begins after other "
+                       "tokens than those that the model is given in use, so it may answer badly "
+                       "or not at all: see --dry-run, and give another --template")
+
 def _run(settings, columns, folder, checkpoints) -> dict: # what is known of the run at its end
     "Load, read, ask, train, ask again; without a folder only look."
     read = _read(settings, columns)
@@ -369,6 +383,7 @@ def _run(settings, columns, folder, checkpoints) -> dict: # what is known of the
     filled = _filled_in(settings, net)
     limit, rate, method = filled["max_length"], filled["learning_rate"], settings["method"]
     rows, held_out, counts = _rows(settings, *read, tokenizer, limit)
+    _say_where_use_differs(tokenizer, rows)
     if is_tiny(net) and settings["model"] == "tiny":
         say("note", _TINY_NOTE)
     if folder is None:
