@@ -317,7 +317,8 @@ def test_a_run_is_not_repeated_with_other_data_or_libraries(folder):
 
 @pytest.mark.parametrize("option, says", [
     (("--lora-rank", 2, "--method", "full"), "trains no adapter, so r cannot be set"),
-    (("--lora-targets", "no_such_layer"), "no adapter can be put on"),
+    (("--lora-targets", "no_such_layer"), "no adapter can be put on no_such_layer"),
+    (("--lora-targets", "q_proj,q_porj"), "no adapter can be put on q_porj"),
     (("--max-length", 600), "longer than the model's context of 512"),
     (("--model", ""), "name is empty"),
     (("--template", "nothing.jinja"), "no template 'nothing.jinja'"),

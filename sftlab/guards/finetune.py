@@ -51,6 +51,12 @@ def check_targets(
     if target_modules == "all-linear" and kind in PAST_ADAPTERS:
         raise FinetuneError(f"a model of type {kind} computes past adapters on some of its layers: "
                             "name others (--lora-targets in_proj), or use the method full")
+    names = [f".{name}" for name, _ in model.named_modules()]
+    asked = target_modules if isinstance(target_modules, list) else []
+    unknown = [t for t in asked if not any(name.endswith(f".{t}") for name in names)]
+    if unknown:
+        raise FinetuneError(f"no adapter can be put on {', '.join(unknown)}: no layer of the model "
+                            "has that name")
 
 def check_eos(
     tokenizer,
