@@ -191,7 +191,9 @@ def merge_command(
         model, tokenizer, written = _merged(folder, into, dtype and dtype.value)
         weights = {"original": "the original weights", "dequantized": "the dequantised weights",
                    "four-bit": "4 bits again; the rest"}[into]
-        say("merge", f"{folder} and {model.name_or_path}: into {weights} in {written}")
+        base = model.name_or_path
+        base = Path(base).name if Path(base).is_dir() else base
+        say("merge", f"{folder} and {base}: into {weights} in {written}")
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         stops = tokenizer.convert_ids_to_tokens(model.generation_config.eos_token_id)
