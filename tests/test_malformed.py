@@ -215,6 +215,16 @@ WRONG = {  # what it is -> the file, and what must be said of it
     "a weight of text": (said(weight="0"), "weight' is '0'"),
     "a weight below 0": (said(weight=-1), "weight' is -1"),
     "every weight 0": (said(weight=0), "weight 0 in every turn by the assistant"),
+    "an older call": (talk(turn("user"), turn("assistant", None, function_call=TOOL)),
+                      "'messages[1].function_call' is OpenAI's older form of a tool call"),
+    "an older call beside a text": (
+        talk(turn("user"), turn("assistant", function_call=dict(name="weather", arguments="{}"))),
+        "'messages[1].function_call' is OpenAI's older form of a tool call"),
+    "older tools": (talk(turn("user"), turn("assistant"), functions=[TOOL]),
+                    "'functions' is OpenAI's older form of tools"),
+    "a system prompt apart": (
+        dump(dict(prompt="Hi", completion="Ho", system_prompt="Be brief.")),
+        "'system_prompt' is part of the conversation, but is outside of it"),
 }
 
 

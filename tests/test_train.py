@@ -316,6 +316,17 @@ def test_a_run_is_not_repeated_with_other_data_or_libraries(folder):
 
 
 @pytest.mark.parametrize("option, says", [
+    (("--max-length", 600), "longer than the model's context of 512"),
+    (("--lora-targets", "no_such_layer"), "no adapter can be put on no_such_layer"),
+    (("--lora-rank", 2, "--method", "full"), "trains no adapter, so r cannot be set"),
+])
+def test_a_dry_run_refuses_what_a_run_refuses(folder, option, says):
+    status, said, err = call(*TRAIN, folder / "chats.jsonl", *option, "--output", folder / "x",
+                             "--dry-run")
+    assert status == 1 and says in err and "dry run" not in said
+
+
+@pytest.mark.parametrize("option, says", [
     (("--lora-rank", 2, "--method", "full"), "trains no adapter, so r cannot be set"),
     (("--lora-targets", "no_such_layer"), "no adapter can be put on no_such_layer"),
     (("--lora-targets", "q_proj,q_porj"), "no adapter can be put on q_porj"),

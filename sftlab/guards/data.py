@@ -226,6 +226,8 @@ def parse_arguments(
 def _may_be_silent(turn, content, role) -> bool:
     value = turn.get(content)
     blank = value is None or isinstance(value, str) and not value.strip()
+    if turn.get("function_call"): # refused for that, and not for the text that it lacks
+        return blank
     if role == "tool":
         return blank and content in turn
     return blank and role == "assistant" and bool(turn.get("tool_calls"))
@@ -256,6 +258,9 @@ def _check_turn(turn, problems, at, speaker, content, roles):
 
 def _check_calls_and_weight(turn, role, problems, at): # calls and weight
     calls, weight = turn.get("tool_calls"), turn.get("weight")
+    if turn.get("function_call"):
+        what = "is OpenAI's older form of a tool call, which is not learned"
+        problems.append(Problem(at + ".function_call", what, "write it as tool_calls: [{…}]"))
     if calls is not None:
         check_calls(calls, problems, at + ".tool_calls")
     if calls and role not in (None, "assistant"):
@@ -353,10 +358,13 @@ def check_columns(
 
 def check_outside(row:dict, problems:list, fields:tuple):
     "Look for a system text or a history in a row whose format has no such field (see `fields`)."
-    for name in ("system", "history"):
+    for name in ("system", "system_prompt", "history"):
         if row.get(name) and name not in fields:
             what = "is part of the conversation, but is outside of it"
             problems.append(Problem(name, what, "make turns of it"))
+    if row.get("functions"):
+        what = "is OpenAI's older form of tools, which is not learned"
+        problems.append(Problem("functions", what, "write them as tools"))
 
 _BEFORE = { # who may have spoken before
     "user": (None, "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}

@@ -17,11 +17,13 @@ import typer
 
 from ..errors import FinetuneError
 from ..files.atomic import atomic_dir
-from ..finetune import (
+from sftlab.finetune import (
     batch_sizes, context_length, default_learning_rate, encode_for_training, finetune,
-    held_out_losses, is_main_process, is_tiny, training_template, use_template, world_size)
-from ..guards.finetune import check_gpus, check_processes
-from ..models import load, pick_device
+    held_out_losses, is_main_process, is_tiny, stop_tokens, training_template, use_template,
+    world_size)
+from ..guards.finetune import (
+    check_gpus, check_ids, check_length, check_method, check_processes, check_targets)
+from ..models import load, max_positions, pick_device
 from .app import Method, app, choices, examples, quiet, save_figure, say
 from .data import COMPLETION_COLUMN, ON_ERROR, PROMPT_COLUMN, columns_of
 from .rows import (
@@ -141,7 +143,12 @@ def _predict_memory(net, method, batch, limit, rank):
 
 def _dry_run(net, tokenizer, rows, limit, settings):
     "Show what would be trained, and what it would need."
+    lora = _lora(settings) if settings["method"] != "full" else {}
+    check_targets(net, lora.get("target_modules"))
+    check_length(limit, max_positions(net))
     encoded = encode_for_training(tokenizer, rows)
+    check_ids(net, encoded)
+    stop_tokens(tokenizer, encoded) # refuses an answer without an end
     template = training_template(tokenizer)
     say("template", f"{len(template):,} characters of Jinja, beginning with "
                     f"{_short(template, 60)!r}")
@@ -386,6 +393,7 @@ def _run(settings, columns, folder, checkpoints) -> dict: # what is known of the
     _say_where_use_differs(tokenizer, rows)
     if is_tiny(net) and settings["model"] == "tiny":
         say("note", _TINY_NOTE)
+    check_method(net, method, lora)
     if folder is None:
         _dry_run(net, tokenizer, rows, limit, filled)
         return {}
