@@ -16,7 +16,7 @@ from .errors import MaskError, TemplateError
 from .guards.masking import check_answers, check_pad_id
 from .guards.options import check_choice
 from .guards.rows import MessageRow, TokenRow, check_message_rows, check_token_rows
-from .guards.templates import check_no_tools
+from .guards.templates import check_no_tools, check_typed
 from .rendering import segments_of
 from .templates import encode_segments, segments
 
@@ -67,8 +67,9 @@ def labelled(
     parts:list, # `Segment`s
     learned:list, # for each segment, whether it is learned
 ) -> dict: # `input_ids` and `labels`, lists of equal length
-    "Tokens of segments, with labels."
+    "Tokens of segments, with labels; a `TemplateError` where typed text becomes a control token."
     ids, owners = encode_segments(tokenizer, parts)
+    check_typed(tokenizer, ids, owners, parts)
     labels = [token if learned[owner] else IGNORE for token, owner in zip(ids, owners)]
     return dict(input_ids=ids, labels=labels)
 

@@ -12,9 +12,9 @@ import re
 from .data import ROLES
 from .errors import DataError, TemplateError
 from .guards.data import parse_arguments, parse_tools
-from sftlab.guards.templates import (
-    check_chat_template, check_conversation, check_messages, check_nothing_dropped, check_unsigned,
-    template_errors)
+from .guards.templates import (
+    check_chat_template, check_conversation, check_messages, check_nothing_dropped, check_typed,
+    check_unsigned, template_errors)
 from .templates import Segment, encode_segments, special_pattern
 
 # %% ../nbs/reference/rendering.ipynb #cead12f3
@@ -269,4 +269,6 @@ def prompt_ids(
     Raises a `TemplateError` where the template does not take the conversation."""
     *_, text, _, typed = _read(tokenizer, messages, True, tools)
     pieces = _cut(text, typed or [], [], 0, len(text), typed is None)
-    return encode_segments(tokenizer, pieces)[0]
+    ids, owners = encode_segments(tokenizer, pieces)
+    check_typed(tokenizer, ids, owners, pieces)
+    return ids

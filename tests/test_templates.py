@@ -18,7 +18,7 @@ from sftlab.files.rows import scan
 from sftlab.guards.templates import check_messages
 from sftlab.models import tiny_path
 from sftlab.plots import panels
-from sftlab.rendering import has_generation_markers, segments_of
+from sftlab.rendering import has_generation_markers, prompt_ids, segments_of
 from sftlab.templates import (TEMPLATES, Segment, encode_segments, jinja, render, segments,
                               with_template)
 
@@ -658,3 +658,29 @@ def test_real_conversations(real_data, fitting, name):
             assert ids == theirs["input_ids"]
             assert [int(pieces[i].learned) for i in owners] == theirs["assistant_masks"]
             assert characters(segments_of(t, talk)) == characters(pieces)
+
+
+@pytest.fixture
+def unigram():
+    "A tokenizer whose vocabulary holds its end token as an ordinary piece, too."
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    pieces = [("<unk>", 0.0), ("</s>", -1.0), *((letter, -3.0) for letter in "▁abcdefghi<>/s:")]
+    made = Tokenizer(models.Unigram(pieces, unk_id=0))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    t = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
+    t.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    return t
+
+
+def test_a_piece_that_is_a_control_token_even_in_a_text_is_refused(unigram):
+    from sftlab.masking import encode, encode_rows
+    good, bad = say("abc", "def"), say("abc", "d </s> ef")
+    assert encode(unigram, good)["input_ids"].count(unigram.eos_token_id) == 2
+    assert prompt_ids(unigram, good[:1]).count(unigram.eos_token_id) == 1
+    says = r"messages\[1\] holds '</s>', which this tokenizer makes a control token"
+    for refuse in (lambda: encode(unigram, bad),
+                   lambda: encode_rows(unigram, [dict(messages=bad)]),
+                   lambda: prompt_ids(unigram, bad)):
+        with pytest.raises(TemplateError, match=says):
+            refuse()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_conversation', 'check_messages', 'check_chat_template', 'template_errors', 'check_plain', 'check_no_tools',
-           'check_unsigned', 'check_nothing_dropped']
+           'check_unsigned', 'check_nothing_dropped', 'check_typed']
 
 # %% ../../nbs/reference/guards/templates.ipynb #9413a93d
 import json
@@ -149,3 +149,17 @@ def check_nothing_dropped(
             what = "reasoning_content" if turns.count(i) else "content"
             raise TemplateError(f"the chat template leaves messages[{i}].{what} out: take it out "
                                 "of the row, or use a template with a place for it")
+
+# %% ../../nbs/reference/guards/templates.ipynb #7c41d0a2
+def check_typed(
+    tokenizer,
+    ids:list, owners:list, # as `sftlab.templates.encode_segments` makes them
+    segments:list, # of `Segment`
+):
+    "Refuse a control token that became of somebody's text, by raising a `TemplateError`."
+    special = {id: t.content for id, t in tokenizer.added_tokens_decoder.items() if t.special}
+    for id, segment in zip(ids, (segments[owner] for owner in owners)):
+        if id in special and not segment.mark and special[id] in segment.text:
+            raise TemplateError(
+                f"messages[{segment.turn}] holds {special[id]!r}, which this tokenizer makes a "
+                "control token of even in a text: write it in another way")
