@@ -257,6 +257,14 @@ def test_tools_are_told_and_their_results_sent(made, tmp_path, chat, prompts):
     assert len(ends) == 3  # that of the result is text
 
 
+@pytest.mark.parametrize("answer, told", [("Yes.", False), ("<|im_start|>call", True)])
+def test_a_control_token_in_an_answer_is_told(answer, told, chat, monkeypatch):
+    "It is plain text when the conversation goes on, so the model sees another thing than it wrote."
+    monkeypatch.setattr("sftlab.generation.stream", lambda *_, **__: iter([answer]))
+    _, said, _ = chat(tiny_path(), "Hi")
+    assert ("'<|im_start|>', a control token: from now on" in said) == told
+
+
 def test_a_result_without_tools_is_not_sent(chat, prompts):
     status, out, _ = chat("tiny", "/tool 21")
     assert (status, out, prompts) == (0, "(there are no tools: start with --tools FILE)\n", [])

@@ -87,7 +87,7 @@ def check_answers_stop(
         raise FinetuneError(
             f"row {number}: the chat template ends an answer with no special token, or it is not "
             "learned, so the model would never learn to stop: give another template "
-            "(--template chatml)")
+            "(--template alpaca)")
 
 def check_answers_fit(
     encoded:list, # rows of `input_ids` and `labels`

@@ -47,6 +47,7 @@ def _reply(
 ) -> list: # the conversation as the model saw it, with its answer; without a question too long
     "Print an answer as it is made; Ctrl-C stops it, and what was said until then counts."
     from sftlab.generation import stream
+    from sftlab.templates import special_pattern
     limit = (max_positions(model) or math.inf) - room
     try:
         kept, ids = _within(tokenizer, messages, limit, tools)
@@ -69,6 +70,9 @@ def _reply(
     except KeyboardInterrupt:
         print(" (stopped)", end="")
     print(flush=True)
+    if found := special_pattern(tokenizer).search(answer):
+        print(f"(the answer holds {found[0].strip()!r}, a control token: from now on the model "
+              "sees it as plain text)")
     return kept + [dict(role="assistant", content=answer)]
 
 # %% ../../nbs/reference/program/chat.ipynb #e0a744d8

@@ -360,6 +360,7 @@ def _rows(settings, read, apart, tokenizer, limit) -> tuple: # to train on, held
     names = ", ".join(settings["data"])
     fit, longer = take_what_fits(names, tokenizer, read, limit)
     if apart:
+        say("held out", settings["eval_data"])
         rows, (held_out, _) = fit, take_what_fits(settings["eval_data"], tokenizer, apart, limit)
         say_overlap(rows, held_out)
     else:
