@@ -1,5 +1,4 @@
 "The command line as people use it: right, wrong, interrupted."
-import contextlib
 import io
 import json
 import os
@@ -15,6 +14,7 @@ import time
 import numpy
 import pytest
 import torch
+from calling import call
 
 from sftlab import cli, errors
 from sftlab.data import split_rows
@@ -23,14 +23,6 @@ from sftlab.program.data import data_app
 from sftlab.tiny.world import examples
 
 SFTLAB = [sys.executable, "-m", "sftlab.cli"]
-
-
-def call(*words):
-    "Exit status, stdout and stderr of one command, run in this process."
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = cli.main(list(map(str, words)))
-    return status, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")

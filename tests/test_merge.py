@@ -1,6 +1,4 @@
 "`sftlab merge`: for every kind of adapter and model, what was merged; and refused where it is not."
-import contextlib
-import io
 import json
 import logging
 import shutil
@@ -9,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from calling import call
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from small_models import ARCHITECTURES, save_small
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from sftlab import cli
 from sftlab.models import load, tiny_path
 from sftlab.program import merge as program
 from sftlab.quantization import dequantize, quantize
@@ -35,10 +33,7 @@ def libraries_speak_again():
 
 def merge(adapter, output, *more):
     "Exit status, stdout and stderr of `sftlab merge`."
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = cli.main(["merge", str(adapter), "--output", str(output), *more])
-    return status, out.getvalue(), err.getvalue()
+    return call("merge", adapter, "--output", output, *more)
 
 
 def adapter(base, folder, **more):

@@ -1,18 +1,16 @@
 """`sftlab train` and `finetune`: what is trained is what the file says, and nothing else; what a
 run was can be repeated."""
-import contextlib
-import io
 import json
 import shutil
 
 import pytest
 import torch
+from calling import call
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from trl import chat_template_utils
 
-from sftlab import cli
-from sftlab.errors import FinetuneError, SftlabError
+from sftlab.errors import FinetuneError
 from sftlab.finetune import (
     encode_for_training,
     finetune,
@@ -27,14 +25,6 @@ from sftlab.rendering import prompt_ids
 from sftlab.tiny.world import examples
 
 pytestmark = pytest.mark.slow  # trains
-
-
-def call(*words):
-    "Exit status, stdout and stderr of one command, run in this process."
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = cli.main(list(map(str, words)))
-    return status, out.getvalue(), err.getvalue()
 
 
 def say(*texts):
@@ -409,8 +399,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_a_run(tmp_path):
     assert kept[False] == pytest.approx(last[-1], rel=1e-5) and kept[False] > kept[True]
 
 
-def test_stop_tokens_are_all_named(tmp_path):
-    model, tokenizer = load("tiny")
+def test_stop_tokens_are_read_from_the_rows():
+    _, tokenizer = load("tiny")
     rows = encode_for_training(tokenizer, TALKS[:3])
     assert stop_tokens(tokenizer, rows) == ["<|im_end|>"]
-    assert issubclass(FinetuneError, SftlabError)
