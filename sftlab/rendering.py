@@ -187,6 +187,15 @@ def _answer_with_marks(tokenizer, messages, turn, text, tools) -> tuple: # (star
     stops = list(special_pattern(tokenizer).finditer(text, len(before), len(upto)))
     return len(before), stops[-1].end() if stops else len(upto)
 
+def _after_prompt(tokenizer, messages, turn, text, start, tools) -> int:
+    "Where an answer begins: after the prompt, if only white space is between it and the words."
+    try:
+        before, _ = render_own(tokenizer, messages[:turn], True, tools)
+    except TemplateError: # nothing can be asked there, so nobody will
+        return start
+    begins = text.startswith(before) and len(before) <= start
+    return len(before) if begins and not text[len(before):start].strip() else start
+
 def _answers(tokenizer, messages, text, typed, tools=None) -> list: # of (start, end)
     "Each answer, as far as the special token that ends it."
     found, with_marks = [], {i for i, m in enumerate(messages) if m["role"] == "assistant"
@@ -194,7 +203,8 @@ def _answers(tokenizer, messages, text, typed, tools=None) -> list: # of (start,
     for (start, end, turn), (following, *_) in zip(typed, typed[1:] + [(len(text), 0, 0)]):
         if messages[turn]["role"] == "assistant" and turn not in with_marks:
             stop = special_pattern(tokenizer).search(text, end, following)
-            found.append((start, stop.end() if stop else end))
+            begin = _after_prompt(tokenizer, messages, turn, text, start, tools)
+            found.append((begin, stop.end() if stop else end))
     found += [_answer_with_marks(tokenizer, messages, i, text, tools) for i in sorted(with_marks)]
     return sorted(found)
 

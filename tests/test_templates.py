@@ -684,3 +684,21 @@ def test_a_piece_that_is_a_control_token_even_in_a_text_is_refused(unigram):
                    lambda: prompt_ids(unigram, bad)):
         with pytest.raises(TemplateError, match=says):
             refuse()
+
+
+@pytest.mark.parametrize("between", ["", " ", "\n\n"])
+def test_an_answer_begins_where_the_prompt_ends(tiny, between):
+    "Without markers, too: a space that the template writes there must be written in use."
+    from sftlab.masking import encode
+    t = copy.deepcopy(tiny)
+    t.chat_template = (
+        "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A:" + repr(between)[1:-1]
+        + "' }}{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}A:{% endif %}")
+    talk = say("Hi", "Yo", "And?", "No")
+    row = encode(t, talk)
+    for turn in (1, 3):
+        prompt = prompt_ids(t, talk[:turn])
+        n = len(prompt)
+        assert row["input_ids"][:n] == prompt and row["labels"][n] != -100
+    learned = t.decode([label for label in row["labels"] if label != -100])
+    assert learned == f"{between}Yo<|im_end|>{between}No<|im_end|>"
