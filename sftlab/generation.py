@@ -4,18 +4,15 @@
 
 # %% auto #0
 __all__ = ['FEW_SHOT_STOPS', 'few_shot_prompt', 'truncate_at_stop', 'greedy', 'generate_ids', 'stop_token_ids', 'warp_logits',
-           'sampler', 'stream_ids', 'stream', 'Completion', 'complete', 'evaluate', 'wilson_interval', 'answers_html',
-           'side_by_side']
+           'sampler', 'stream_ids', 'stream', 'Completion', 'complete', 'evaluate', 'wilson_interval']
 
 # %% ../nbs/01_base_vs_instruct.ipynb #036074a8
 import math
-import random
 from dataclasses import dataclass
 
 import torch
 
 from .models import max_positions
-from .plots import panels, text_html
 
 # %% ../nbs/01_base_vs_instruct.ipynb #3fdfe915
 def few_shot_prompt(
@@ -44,12 +41,12 @@ def greedy(
     return int(logits.argmax())
 
 def generate_ids(
-    model, # a causal language model
+    model, # it predicts each next token
     ids:list, # token ids of the prompt
     max_new_tokens:int=64, # when to stop at the latest
     stop_ids=(), # tokens that end the text
     sample=greedy, # from logits to the id of the next token
-) -> tuple: # the new ids, and why they ended: "stop", "length" or "context"
+) -> tuple: # the new ids, and why they ended: "stop", "length" or "context" (the model is full)
     "Continue `ids`, one token at a time."
     new = []
     while len(new) < max_new_tokens:
@@ -63,7 +60,6 @@ def generate_ids(
             return new, "stop"
     return new, "length"
 
-# %% ../nbs/01_base_vs_instruct.ipynb #54f0f472
 def stop_token_ids(
     model, # its `generation_config` may name one stop token or several
     tokenizer, # its `eos_token` is one
@@ -109,16 +105,19 @@ def sampler(
     return sample
 
 # %% ../nbs/01_base_vs_instruct.ipynb #ec1a2864
+def _room(model, length, max_new_tokens): # how many tokens may be written
+    return min(max_new_tokens, (max_positions(model) or math.inf) - length)
+
 def stream_ids(
-    model, # a causal language model
+    model, # it predicts each next token
     ids:list, # token ids of the prompt
     max_new_tokens:int=64, # when to stop at the latest
-    stop_ids=(), # tokens that end the text; the one met is not given
+    stop_ids=(), # tokens that end the text; the one met is not returned
     sample=greedy, # from logits to the id of the next token
 ): # the new ids, each as soon as it is chosen
-    "Like `generate_ids`, with a KV cache, giving each token at once."
+    "Like `generate_ids`, with a KV cache, yielding each token at once."
     text, fed, cache = list(ids), list(ids), {}
-    for _ in range(min(max_new_tokens, (max_positions(model) or math.inf) - len(ids))):
+    for _ in range(_room(model, len(ids), max_new_tokens)):
         with torch.no_grad():
             out = model(input_ids=torch.tensor([fed], device=model.device), use_cache=True, **cache)
         cache = {k: out[k] for k in ("past_key_values", "cache_params") if k in out} # or Mamba's
@@ -132,21 +131,21 @@ def stream_ids(
 # %% ../nbs/01_base_vs_instruct.ipynb #733a515c
 def stream(
     model, tokenizer,
-    prompt_ids:list, # token ids of the prompt, as `sftlab.rendering.prompt_ids` gives them
+    prompt_ids:list, # token ids of the prompt, as `sftlab.rendering.prompt_ids` returns them
     max_new_tokens:int=256, # when to stop at the latest
     stop_ids=None, # by default `stop_token_ids`
     temperature:float=0.0, # 0 is greedy
     top_k:int=0, top_p:float=1.0, # see `warp_logits`
     seed:int=0, # of the draw
 ): # pieces of text, as they are written
-    "Write on from a prompt and give the text piece by piece."
+    "Continue a prompt and yield the text piece by piece."
     stop_ids = stop_token_ids(model, tokenizer) if stop_ids is None else stop_ids
     sample = sampler(temperature, top_k, top_p, seed)
     new, shown = [], 0
     for token in stream_ids(model, prompt_ids, max_new_tokens, stop_ids, sample):
         new.append(token)
         text = tokenizer.decode(new)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"): # else a character is not whole yet
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"): # else a character is not complete yet
             yield text[shown:]
             shown = len(text)
     if shown < len(text := tokenizer.decode(new)):
@@ -166,17 +165,20 @@ def _left_padded(rows, pad, device): # ids and attention mask, both (rows, longe
     mask = [[0] * (width - len(r)) + [1] * len(r) for r in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
+def _next_ids(model, **inputs): # the likeliest next token of each row, and the cache
+    with torch.no_grad():
+        out = model(**inputs, use_cache=True)
+    return out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+
 def _complete_batch(model, tokenizer, prompts, max_new_tokens, stop_ids):
     "Greedy continuation of a few prompts at once."
     rows = [tokenizer(p)["input_ids"] for p in prompts]
     ids, mask = _left_padded(rows, tokenizer.pad_token_id, model.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache, new, done = None, [[] for _ in rows], [False] * len(rows)
-    for _ in range(min(max_new_tokens, (max_positions(model) or math.inf) - ids.shape[1])):
-        with torch.no_grad():
-            out = model(input_ids=ids, attention_mask=mask, position_ids=positions,
-                        past_key_values=cache, use_cache=True)
-        cache, ids = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+    for _ in range(_room(model, ids.shape[1], max_new_tokens)):
+        ids, cache = _next_ids(model, input_ids=ids, attention_mask=mask,
+                               position_ids=positions, past_key_values=cache)
         for i, token in enumerate(ids[:, 0].tolist()):
             if not done[i]:
                 new[i].append(token)
@@ -196,7 +198,7 @@ def complete(
     prompts:list, # strings
     max_new_tokens:int=48, # when to stop at the latest
     stop_ids=None, # by default `stop_token_ids`
-    batch_size:int=64, # prompts at a time; does not change the result
+    batch_size:int=64, # prompts at a time; changes the result at most by rounding
 ) -> list: # a `Completion` a prompt, in the same order
     "Continue many prompts greedily."
     stop_ids = stop_token_ids(model, tokenizer) if stop_ids is None else stop_ids
@@ -235,50 +237,3 @@ def wilson_interval(
     middle = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-# %% ../nbs/01_base_vs_instruct.ipynb #8bf7de83
-def _how_it_ended(done, shown): # in words
-    if done.reason == "stop":
-        return "stopped by itself"
-    return "cut by us" if shown != done.text else "still going after 48 tokens"
-
-def answers_html(
-    base, instruct, # a base model, and the same fine-tuned
-    tokenizer, # the base's, with a chat template
-    few_shot:list, # examples for the few-shot prompt
-    prompt:str, # what to ask
-) -> str: # HTML
-    "Three answers to one prompt, side by side."
-    messages = [{"role": "user", "content": prompt}]
-    start = tokenizer.eos_token # it begins each document that the base was trained on
-    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    ways = [("base", base, start + prompt, ()),
-            ("base, few-shot", base, start + few_shot_prompt(few_shot, prompt), FEW_SHOT_STOPS),
-            ("instruct", instruct, chat, ())]
-    answers = []
-    for name, model, text, stop_strings in ways:
-        done = complete(model, tokenizer, [text], max_new_tokens=48)[0]
-        shown = truncate_at_stop(done.text, stop_strings)
-        note = f"{len(tokenizer(text)['input_ids'])} prompt tokens; {_how_it_ended(done, shown)}"
-        answers.append((name, text_html(shown.strip(), note)))
-    return panels(answers)
-
-# %% ../nbs/01_base_vs_instruct.ipynb #side_by
-def side_by_side(
-    base, # a base model
-    instruct, # the same, fine-tuned
-    tokenizer, # the base's, with a chat template
-    few_shot:list, # examples for the few-shot prompt
-    prompt:str="What is the capital of Peru?", # what to begin with
-): # a widget
-    "Three answers to a prompt that you type."
-    from ipywidgets import HTML, Button, HBox, Layout, Text, VBox
-    text = Text(value=prompt, placeholder="Type a prompt", layout=Layout(width="480px"))
-    button = Button(description="Generate", button_style="primary")
-    output = HTML()
-    output.add_class("sftlab-side-by-side")
-    def answer(_=None):
-        output.value = answers_html(base, instruct, tokenizer, few_shot, text.value)
-    answer()
-    button.on_click(answer)
-    return VBox([HBox([text, button]), output])

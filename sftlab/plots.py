@@ -249,7 +249,7 @@ def _name_bars(ax, names, unit, horizontal):
 
 # %% ../nbs/reference/plots.ipynb #8d5197ca
 def plot_dataset(
-    table, # a DataFrame from `sftlab.data.dataset_stats`
+    table, # a DataFrame from `sftlab.audit.data.dataset_stats`
     unit:str="characters", # what its lengths count
     groups=None, # a number a conversation, equal where two are nearly the same: `near_duplicates`
 ): # a matplotlib figure
@@ -258,9 +258,11 @@ def plot_dataset(
     lengths, turns, scripts, same = axes.flat
     sides = {"questions, system": table["length"] - table["answers"], "answers": table["answers"]}
     longest = max(1, *(side.max() for side in sides.values()))
+    wide = 1 + int(longest) // 30 # of a bin, whose edges are between integers
+    edges = [wide * i - 0.5 for i in range(int(longest) // wide + 2)]
     for (name, side), color, dash in zip(sides.items(), PALETTE.values(), DASHES):
-        lengths.hist(side, bins=30, range=(0, longest), label=name, histtype="step", linewidth=1.8,
-                     color=color, linestyle=dash)
+        lengths.hist(side, bins=edges, label=name, histtype="step", linewidth=1.8, color=color,
+                     linestyle=dash)
     lengths.set(title=f"length, {unit}", ylabel="conversations")
     lengths.legend()
     counts = {"turns": table["turns"].value_counts().sort_index(),

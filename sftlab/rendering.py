@@ -13,9 +13,10 @@ from .data import ROLES
 from .errors import DataError, TemplateError
 from .guards.data import parse_arguments, parse_tools
 from .guards.templates import (
-    check_chat_template, check_conversation, check_messages, check_nothing_dropped, check_typed,
-    check_unsigned, template_errors)
-from .templates import Segment, encode_segments, special_pattern
+    PARTS, check_chat_template, check_conversation, check_messages, check_nothing_dropped,
+    check_typed, check_unsigned, last_question, template_errors)
+from .special_tokens import special_pattern
+from .templates import Segment, encode_segments
 
 # %% ../nbs/reference/rendering.ipynb #cead12f3
 def _call(call:dict) -> dict: # a tool call in OpenAI's form
@@ -127,7 +128,8 @@ def _typed_spans(tokenizer, messages, text, add_generation_prompt, tools=None) -
         marked, _ = render_own(tokenizer, signed, add_generation_prompt, signed_tools)
         if re.sub(f"{a}\\d+{a}|{b}", "", marked) == text:
             spans = _spans(marked, signs)
-            check_nothing_dropped(messages, spans, thoughts=not add_generation_prompt)
+            filled = [(start, end, turn) for start, end, turn in spans if text[start:end].strip()]
+            check_nothing_dropped(messages, filled, thoughts=not add_generation_prompt)
             return spans
     return None
 
@@ -148,16 +150,28 @@ def _with_thought_apart(tokenizer, messages, text, add_generation_prompt, tools)
     return apart
 
 # %% ../nbs/reference/rendering.ipynb #8d04afce
-def _check_tools_are_told(tokenizer, messages, text, add_generation_prompt, tools):
-    "Refuse a template that leaves out tools or tool calls, by raising a `TemplateError`."
-    advice = ": choose a model whose template has one, or give another template"
+def _is_told(tokenizer, messages, i, name, text, add_generation_prompt, tools) -> bool:
+    "Whether the render would be another one without this part of messages[i]."
+    silent = {key: value for key, value in messages[i].items() if key != name}
+    changed = [*messages[:i], silent, *messages[i + 1:]]
+    try:
+        return render_own(tokenizer, changed, add_generation_prompt, tools)[0] != text
+    except TemplateError: # it misses the part
+        return True
+
+def _check_all_is_told(tokenizer, messages, text, add_generation_prompt, tools):
+    "Refuse a template that leaves out tools, calls or thoughts, by raising a `TemplateError`."
     if tools and render_own(tokenizer, messages, add_generation_prompt)[0] == text:
-        raise TemplateError(f"the chat template has no place for tools{advice}")
-    if not any(message.get("tool_calls") for message in messages):
-        return
-    silent = [{k: v for k, v in m.items() if k != "tool_calls"} for m in messages]
-    if render_own(tokenizer, silent, add_generation_prompt, tools)[0] == text:
-        raise TemplateError(f"the chat template has no place for tool calls{advice}")
+        raise TemplateError("the chat template has no place for tools: choose a model whose "
+                            "template has one, or give another template")
+    asked = len(messages) if add_generation_prompt else last_question(messages)
+    for i, message in enumerate(messages):
+        for name in ("tool_calls", *["thinking"] * (i > asked)):
+            if message.get(name) and not _is_told(tokenizer, messages, i, name, text,
+                                                  add_generation_prompt, tools):
+                raise TemplateError(
+                    f"the chat template leaves messages[{i}].{name} ({PARTS[name]}) out: take it "
+                    "out of the row, or use a template with a place for it")
 
 # %% ../nbs/reference/rendering.ipynb #f8f8ca5d
 def _read(tokenizer, messages, add_generation_prompt, tools) -> tuple:
@@ -167,7 +181,7 @@ def _read(tokenizer, messages, add_generation_prompt, tools) -> tuple:
     messages, tools = as_templates_expect(messages, tools)
     check_messages(messages, ROLES)
     text, learned = render_own(tokenizer, messages, add_generation_prompt, tools)
-    _check_tools_are_told(tokenizer, messages, text, add_generation_prompt, tools)
+    _check_all_is_told(tokenizer, messages, text, add_generation_prompt, tools)
     messages = _with_thought_apart(tokenizer, messages, text, add_generation_prompt, tools)
     typed = _typed_spans(tokenizer, messages, text, add_generation_prompt, tools)
     if typed is None:

@@ -8,6 +8,8 @@ import pytest
 
 from sftlab import cli
 from sftlab.files.rows import read_rows
+from sftlab.masking import encode
+from sftlab.models import load
 from sftlab.tiny import world
 
 GOOD = [dict(instruction=f"Say {word} twice.", input="", output=f"{word} {word}")
@@ -153,6 +155,23 @@ def test_control_tokens_are_warned_of(data, tmp_path):
     assert more == f"warning: {file}: and 6 more places with control tokens"
     status, _, err = data("check", file, "--model", tmp_path / "nothing")
     assert status == 1 and err.count("\n") == 1
+
+
+def test_a_tag_of_html_is_warned_of_with_its_place_and_read(data, tmp_path):
+    model, tokenizer = load("tiny")
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    for part in (model.config, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    html = dict(instruction="Strike it out.", output="<b>No</b> <s>never</s>")
+    file = rows_file(tmp_path / "f.jsonl", [html, dict(instruction="Hi", output="Ho")])
+    told = (f"warning: {file}: line 1: field 'output' has '<s>', which is one of this model's "
+            "control tokens; it is trained on as plain text\n"
+            "rows     2 read, 2 can be used, 0 cannot\n")
+    assert data("check", file, "--model", tmp_path / "model") == (0, told, "")
+    row = read_rows(file)[0]
+    assert row["messages"][1]["content"] == html["output"]
+    ids = encode(tokenizer, row["messages"])["input_ids"]
+    assert tokenizer.bos_token_id not in ids and html["output"] in tokenizer.decode(ids)
 
 
 def test_where_a_control_token_is(data, tmp_path):

@@ -10,18 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from sftlab.data import (
-    FORMATS,
-    TASK_PHRASINGS,
-    as_instructions,
-    dataset_stats,
-    from_messages,
-    near_duplicates,
-    shingles,
-    split_rows,
-    to_messages,
-)
+from sftlab.audit.data import dataset_stats
+from sftlab.audit.duplicates import near_duplicates, shingles
+from sftlab.data import FORMATS, TASK_PHRASINGS, as_instructions, split_rows, to_messages
 from sftlab.errors import DataError, MaskError, OutputError
+from sftlab.files.formats import from_messages
 from sftlab.files.rows import read_messages, read_rows, rejected_path, scan, to_dataset
 from sftlab.files.writers import write_rows
 from sftlab.guards.data import parse_arguments, parse_tools
@@ -226,6 +219,68 @@ def test_a_turn_by_function_call_holds_a_call():
         with pytest.raises(DataError) as e:
             to_messages(packed(wrong))
         assert why in str(e.value)
+
+
+def text_parts(*texts):
+    return [dict(type="text", text=text) for text in texts]
+
+
+def test_parts_of_text_are_read_as_one_string():
+    said = [turn("user", text_parts("What is ", "2 + 3?")), turn("assistant", text_parts("5"))]
+    want = talk([("What is 2 + 3?", "5")])
+    assert to_messages(dict(messages=said)) == dict(messages=want)
+    assert to_messages(dict(prompt=said[:1], completion=said[1:])) == dict(messages=want)
+    assert isinstance(said[0]["content"], list)  # the row itself is as it was
+    filled = [part | dict(image=None, annotations=[]) for part in text_parts("What is 2 + 3?")]
+    said[0] = turn("user", filled)  # as a table writes it
+    assert to_messages(dict(messages=said)) == dict(messages=want)
+
+
+@given(st.lists(texts, min_size=1, max_size=4))
+def test_no_character_of_a_part_is_lost(some):
+    row = dict(messages=[turn("user", text_parts(*some)), turn("assistant")])
+    assert to_messages(row)["messages"][0]["content"] == "".join(some)
+
+
+def test_parts_are_what_trl_makes_of_messages():
+    from trl.data_utils import prepare_multimodal_messages
+
+    said = talk([("a", "b"), ("c", "d")], system="e")
+    assert to_messages(dict(messages=prepare_multimodal_messages(said)))["messages"] == said
+
+
+def test_a_call_with_no_parts_says_nothing():
+    assert to_messages(called(content=[]))["messages"][1]["content"] == ""
+
+
+PART = dict(type="text", text="Hi")
+WRONG_PARTS = [
+    ([PART, dict(type="image_url")], "content[1]' is of the type 'image_url', and no text"),
+    ([dict(type="thinking", thinking="Hm")], "content[0]' is of the type 'thinking', and no text"),
+    ([dict(text="Hi")], "content[0]' is of the type 'None'"),
+    ([PART | dict(text=5)], "content[0]' is of the type 'text', and no text"),
+    (["Hi"], "content[0]' is a string: only parts of text can be read"),
+    ([PART | dict(cache_control=dict(a=1))], "content[0]' has 'cache_control' next to its text"),
+    ([PART | dict(text="a\0")], "content[0]' has the control character U+0000"),
+    ([PART | dict(text=" ")], "content' is empty"),
+    ([], "content' is empty"),
+]
+
+
+@pytest.mark.parametrize("parts, why", WRONG_PARTS, ids=range(len(WRONG_PARTS)))
+def test_parts_that_are_no_text_are_refused_with_their_place(parts, why):
+    with pytest.raises(DataError) as e:
+        to_messages(dict(messages=[turn("user", parts), turn("assistant")]))
+    assert why in str(e.value) and "messages[0]." in str(e.value)
+
+
+def test_a_developer_is_the_system():
+    said = talk([("a", "b")], system="c")
+    new = [said[0] | dict(role="developer"), *said[1:]]
+    assert to_messages(dict(messages=new)) == dict(messages=said)
+    assert to_messages(dict(prompt=new[:2], completion=new[2:])) == dict(messages=said)
+    with pytest.raises(DataError, match="turn 2 is a system message in the middle"):
+        to_messages(dict(messages=[said[0], *new]))
 
 
 def test_tools_are_a_list_or_json_of_one():
@@ -495,8 +550,9 @@ REFUSED = (
             "system, user, assistant, tool",
         ],
         '{"messages": [{"role": ["user"], "content": "Hi"}]}': ["'messages[0].role' is a list"],
-        '{"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}': [
-            "'messages[0].content' is a list"
+        '{"messages": [{"role": "user", "content": [{"type": "image", "url": "cat.png"}]}]}': [
+            "'messages[0].content[0]' is of the type 'image', and no text",
+            "only parts of text can be read",
         ],
         '{"messages": [' + USER + ", " + CALL + "]}": ["'messages[1].content' is null"],
         '{"prompt": "Hi"}': ["field 'completion' is missing"],

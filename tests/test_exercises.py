@@ -19,16 +19,19 @@ import sys
 import threading
 import time
 import zlib
+from collections import Counter, defaultdict
 from importlib import import_module
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_notebooks import run
 
+from sftlab import errors
 from sftlab.study import exercises as ex
 from sftlab.study import masters as ma
 from sftlab.study import progress as pr
@@ -77,7 +80,7 @@ def with_wrong_answers(name):
         return wrong
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(ex.Question, "wrong", enter)
+        patch.setattr(ex.Question, "wrong", enter)  # and so `right`, which is made of it
         for i, source in enumerate(sources(MASTERS[name])):
             if source.startswith("#| default_exp") or "load(" in source:
                 continue  # nothing to ask there; the model
@@ -103,13 +106,16 @@ def folder(tmp_path, monkeypatch):
 
 # --- every checker
 
+def wrong_answers(q): return [name for name, _ in q.answers if name != "right"]
+
+
 def test_wrong_answers_are_rejected_by_name(q, record_property):
     rows = [row for seed in (0, 1, 2) for row in ex.kills(q, seed)]
     named = [row for row in rows if row[1] not in (None, "right", "not attempted")]
     rejected = sum(row not in ex.survivors(rows) for row in named)
     record_property("kills", f"{q.key:28} {rejected // 3:3} / {len(named) // 3}")
     assert ex.survivors(rows) == []
-    assert len(q.answers) >= 3
+    assert len(wrong_answers(q)) >= 3
 
 
 def test_every_mistake_that_a_check_names_is_tried(q):
@@ -120,7 +126,7 @@ def test_every_mistake_that_a_check_names_is_tried(q):
 @each_notebook
 def test_a_lesson_has_enough_wrong_answers(name):
     asked = with_wrong_answers(name).values()
-    assert sum(len(q.answers) for q in asked if isinstance(q, ex.Question)) >= 16
+    assert sum(len(wrong_answers(q)) for q in asked if isinstance(q, ex.Question)) >= 16
 
 
 def test_a_check_that_looks_at_the_example_alone_is_found_out(q, monkeypatch):
@@ -161,15 +167,15 @@ KEYS = {
     "data": "sharegpt jsonl jaccard split_by_key to_alpaca too_good",
     "templates": "chat_prompt join_parts fold_system cut_special read_chatml fine_in_training",
     "masking": "row_labels batch_labels fit masked_loss shares better_loss",
-    "training": "rows_seen perplexity clip schedule adamw which_batch",
+    "training": "rows_seen perplexity adamw repair by_heart which_batch",
     "memory": "held parameters first_too_large checkpointing chunked_loss sixteen_of_24",
-    "lora": "trainable fresh merged step as_one learned_nothing",
+    "lora": "trainable directions as_one prepare best_rate learned_nothing",
     "quantization": "pack weighed blocks restored normal_float worse_after_merge",
 }
 
 
 def test_keys_are_unique_and_stay():
-    "A key that changes loses what learners have done: this list only grows."
+    "A key that changes loses what learners have done: one may be retired, none gets a new task."
     keys = [task.key for tasks in pr.all_questions().values() for task in tasks]
     assert len(set(keys)) == len(keys)
     assert {f"{module}.{name}" for module in KEYS for name in KEYS[module].split()} <= set(keys)
@@ -224,7 +230,7 @@ def solutions():
 def test_learners_notebooks_hold_no_solution(name):
     "No line of a solution, a mistake or a wrong answer, and no rubric."
     text = LEARNERS[name].read_text("utf-8")
-    marked = [s for s in sources(MASTERS[name]) if ".wrong(" in s or ".mistake(" in s]
+    marked = [s for s in sources(MASTERS[name]) if re.search(r"\.(wrong|right|mistake)\b", s)]
     hidden = lines_of(re.sub(r"^def .*", "", s, flags=re.MULTILINE) for s in marked)
     secret = hidden | solutions()
     learner = lines_of(sources(LEARNERS[name], "code") + sources(LEARNERS[name], "markdown"))
@@ -517,17 +523,17 @@ def test_a_learners_error_is_theirs(body, said, folder):
     (lambda a, b: a, "missing a required argument"),
     (lambda values: None, "your function returns nothing (None). Is a `return` missing?"),
     (lambda values: torch.tensor(right(values)),
-     "the values are right, but the result is a tensor where a list is wanted"),
-    (lambda values: 2, "the result is an integer where a list is wanted")])
+     "the values are right, but the result is a tensor; a list is wanted"),
+    (lambda values: 2, "the result is an integer; a list is wanted")])
 def test_kind_words_for_other_slips(answer, said, folder):
     assert said in ask(double(), answer)
 
 
 @pytest.mark.parametrize("form, said", [
-    (lambda t: t.numpy(), "the result is a NumPy array where a tensor is wanted"),
-    (lambda t: t.double(), "the result holds float64 where float32 is wanted"),
-    (lambda t: t[None], "the result has the shape (1, 2) where (2,) is wanted"),
-    (lambda t: t.tolist(), "the result is a list where a tensor is wanted")])
+    (lambda t: t.numpy(), "the result is a NumPy array; a tensor is wanted"),
+    (lambda t: t.double(), "the result holds float64; float32 is wanted"),
+    (lambda t: t[None], "the result has the shape (1, 2); (2,) is wanted"),
+    (lambda t: t.tolist(), "the result is a list; a tensor is wanted")])
 def test_right_values_in_another_form(form, said, folder):
     q = ex.Question("trial.half", "Half", lambda x: x / 2,
                     example=lambda: (torch.tensor([1.0, 2.0]),))
@@ -828,3 +834,161 @@ def test_nbgrader_grades_a_blank_copy_0_and_the_solution_full(name, tmp_path, mo
 def test_tensors_may_be_off_by_rounding_and_no_more(want, got, found):
     answer = ex.difference(torch.tensor(want), torch.tensor(got))
     assert answer == found or answer[0] == found
+
+
+# --- what must be accepted, and what must not
+
+def asked(solve, *inputs, **more):
+    "A question of our own about a function, tried on these arguments."
+    q = ex.Question(f"trial.{solve.__name__}", "Trial", solve, example=lambda: inputs[0], **more)
+    q.inputs(lambda rng: list(inputs))
+    return q
+
+
+def found(q, answer):
+    return ex.judge(q, answer).name
+
+
+def positive(x):
+    if x < 0:
+        raise ValueError(f"{x} is negative")
+    return x
+
+
+class Strange(ValueError):
+    "An error of somebody's own."
+
+
+@pytest.mark.parametrize("error, name", [
+    (ValueError, "right"), (Strange, "right"), (errors.DataError, "right"),
+    (TypeError, "differs"), (NotImplementedError, "differs")])
+def test_an_error_of_a_subclass_is_the_same_error(error, name):
+    def answer(x):
+        if x < 0:
+            raise error("no")
+        return x
+    assert found(asked(positive, (1,), (-1,)), answer) == name
+
+
+@pytest.mark.parametrize("says, name", [
+    ("-1 is less than 0", "right"), ("a bad number", "names no culprit")])
+def test_a_message_must_name_the_culprit_where_a_question_says_so(says, name):
+    def answer(x):
+        if x < 0:
+            raise ValueError(says)
+        return x
+    q = asked(positive, (1,), (-1,))
+    q.named(lambda x: x)
+    assert found(q, answer) == name
+
+
+FORMS = {
+    "counter": (lambda: {"a": 2, "b": 1}, lambda: Counter("aab")),
+    "defaultdict": (lambda: {"a": 2}, lambda: defaultdict(int, a=2)),
+    "numpy integer": (lambda: 3, lambda: np.int64(3)),
+    "numpy float": (lambda: 0.5, lambda: np.float32(0.5)),
+    "numpy truth": (lambda: True, lambda: np.bool_(True)),
+    "float64 of one element": (lambda: 0.5, lambda: torch.tensor([0.5], dtype=torch.float64)),
+    "numpy in a list": (lambda: [1, 2], lambda: [np.int32(1), np.int32(2)]),
+    "a tuple": (lambda: [1, 2], lambda: (1, 2)),
+    "a string's subclass": (lambda: "a", lambda: type("S", (str,), {})("a"))}
+
+
+@pytest.mark.parametrize("want, got", FORMS.values(), ids=FORMS)
+def test_forms_that_only_a_tester_would_notice_are_accepted(want, got):
+    assert found(asked(want, ()), got) == "right"
+
+
+OTHERS = {
+    "a truth for a number": (lambda: 1, lambda: True),
+    "a number for a truth": (lambda: True, lambda: 1),
+    "two elements": (lambda: 0.5, lambda: torch.tensor([0.5, 0.5])),
+    "a list for a dict": (lambda: {"a": 1}, lambda: ["a"]),
+    "an integer off by one": (lambda: 10**9, lambda: 10**9 + 1),
+    "tiny, and double": (lambda: 1e-8, lambda: 2e-8),
+    "tiny floats in a list": (lambda: [1e-8, 3e-8], lambda: [1e-8, 2e-8]),
+    "tiny floats in a tensor": (lambda: torch.tensor([1e-8]), lambda: torch.tensor([2e-8])),
+    "small in a tuple": (lambda: (1e6, 0.5), lambda: (1e6, 0.6))}
+
+
+@pytest.mark.parametrize("want, got", OTHERS.values(), ids=OTHERS)
+def test_values_that_differ_are_not(want, got):
+    assert found(asked(want, ()), got) != "right"
+
+
+def test_a_leftover_raise_is_told():
+    def finished(values):
+        "Each value twice."
+        result = [2 * v for v in values]
+        raise NotImplementedError
+        return result
+    def begun(values):
+        "Each value twice."
+        raise NotImplementedError("write it")
+    q = double()
+    assert (found(q, finished), found(q, begun)) == ("leftover raise", "not attempted")
+
+
+def test_input_is_told_and_exits_are_survived(folder):
+    ends, asks = os._exit, input
+    def by_hand(values): return input("what is twice " + str(values))
+    def away(values): os._exit(3)
+    assert found(double(), by_hand) == "asks with input()"
+    assert "your code stopped with SystemExit: 3" in ask(double(), away)
+    assert (os._exit, input) == (ends, asks)
+
+
+def test_a_warning_is_shown_once(capsys):
+    def warns(values):
+        print("careful", file=sys.stderr)
+        return right(values)
+    assert found(double(), warns) == "right"
+    assert capsys.readouterr().err == "careful\n"
+
+
+def test_what_is_right_is_worked_out_before_the_answer_runs(monkeypatch):
+    monkeypatch.setattr(math, "factor", 2, raising=False)
+    def scaled(x): return x * math.factor
+    def tampers(x):
+        math.factor = 3
+        return x * 3
+    q = asked(scaled, (1.0,), (5.0,))
+    assert found(q, tampers) == "differs"
+
+
+def test_a_mistake_is_not_named_where_the_answer_gets_its_inputs_right():
+    q = double()
+    q.mistakes["squares"] = (lambda values: [v * v for v in values], "that is the square.")
+    def one_by_one(values): return right(values) if len(values) < 5 else [v * v for v in values]
+    assert found(q, one_by_one) == "differs"
+
+
+def squared(w): return (w ** 2).sum()
+
+
+@pytest.mark.parametrize("answer, name", [
+    (lambda w: w @ w, "right"),
+    (lambda w: (w ** 2).sum().item(), "stopped with an error"),
+    (lambda w: (w.detach() ** 2).sum(), "stopped with an error"),
+    (lambda w: (w.detach() * w).sum(), "differs")])
+def test_a_question_may_look_at_the_gradient(answer, name):
+    q = asked(squared, (torch.tensor([1.0, 2.0]),), (torch.tensor([3.0, 0.5]),))
+
+    @q.called
+    def _(function, w):
+        w = w.clone().requires_grad_()
+        loss = function(w)
+        loss.backward()
+        return dict(loss=loss.item(), gradient=w.grad)
+
+    assert found(q, answer) == name
+
+
+@pytest.mark.parametrize("n, said", [(1, "1 element;"), (2, "2 elements;")])
+def test_one_element_is_one(n, said):
+    assert said in ex.difference([1, 2, 3], [1] * n)[1]
+
+
+def test_an_index_error_is_an_index_error():
+    assert "an IndexError" in ex._returned(ex.Outcome(error=IndexError()))
+    assert "a ValueError" in ex._returned(ex.Outcome(error=ValueError()))

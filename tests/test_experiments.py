@@ -77,7 +77,7 @@ def test_other_data_make_an_experiment_stale(tmp_path, monkeypatch):
 
 def test_what_is_not_used_does_not_count():
     used = code_of(pretraining.tuned_figures)
-    others = ("sftlab.tiny.texts", "sftlab.cli", "sftlab.study", "sftlab.generation.side_by_side",
+    others = ("sftlab.tiny.texts", "sftlab.cli", "sftlab.study", "sftlab.figures",
               "sftlab.guards", "sftlab.errors", "sftlab.files.atomic")
     assert not any(name.startswith(others) for name in used)
 

@@ -19,19 +19,6 @@ ROOT = Path(__file__).resolve().parent.parent
 LESSONS = sorted(ROOT.glob("nbs/[0-9][0-9]_*.ipynb"))
 LIMITS = dict(cells=40, appendix=20, exported=250, words=2_500, function=15)
 
-# What is still over a limit, with the figure it has. It may shrink, never grow, and nothing is
-# added: when a lesson is rewritten its entries go, and at the end this is empty.
-STILL_OVER = {
-    "01_base_vs_instruct": dict(cells=82, words=2_741, function=17),
-    "02_instruction_data": dict(cells=66, exported=323, function=16),
-    "03_chat_templates": dict(cells=89, exported=262, words=2_800, function=17),
-    "04_loss_masking": dict(cells=52),
-    "05_full_finetuning": dict(cells=65, function=34),
-    "06_memory": dict(cells=69, exported=316, words=2_803, function=26),
-    "07_lora": dict(cells=91, exported=267, words=2_703, function=16),
-    "08_qlora": dict(cells=73, words=2_586, function=17),
-}
-
 
 def module_of(lesson):
     "The exported module of a lesson, as a path."
@@ -86,18 +73,8 @@ def main_and_appendix(notebook):
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
 def test_a_lesson_is_not_too_long(lesson):
-    allowed = LIMITS | STILL_OVER.get(lesson.stem, {})
-    found = sizes(lesson)
-    over = {name: n for name, n in found.items() if n > allowed[name]}
-    assert over == {}, f"{lesson.stem} is over its limits {allowed}"
-
-
-@pytest.mark.parametrize("name, what", [(n, w) for n, row in STILL_OVER.items() for w in row])
-def test_the_list_of_what_is_over_only_shrinks(name, what):
-    [lesson] = [path for path in LESSONS if path.stem == name]
-    found, noted = sizes(lesson)[what], STILL_OVER[name][what]
-    assert found > LIMITS[what], f"{name}: {what} is within the limit now, take it off the list"
-    assert found == noted, f"{name}: {what} is {found} now, and {noted} on the list: lower it"
+    over = {name: n for name, n in sizes(lesson).items() if n > LIMITS[name]}
+    assert over == {}, f"{lesson.stem} is over its limits {LIMITS}"
 
 
 def notebook_with(folder, *cells):
@@ -249,6 +226,7 @@ def test_guards_import_no_lesson():
         assert below <= {"sftlab.errors"}, path
 
 
+SPECIAL_TOKENS = "sftlab.special_tokens"  # what lesson 03 encodes with; imports no lesson
 RENDERING = "sftlab.rendering"  # goes on where lesson 03 ends
 
 
@@ -257,8 +235,8 @@ def test_lessons_import_only_what_comes_before():
     for i, name in enumerate(order):
         path = ROOT / (name.replace(".", "/") + ".py")
         for other in imports(path, late=False):
-            below = other.startswith("sftlab.guards") or other in ("sftlab.errors", "sftlab.models",
-                                                                   "sftlab.plots", RENDERING)
+            below = other.startswith("sftlab.guards") or other in (
+                "sftlab.errors", "sftlab.models", "sftlab.plots", SPECIAL_TOKENS, RENDERING)
             assert below or other in order[:i], f"{name} imports {other} at its top"
 
 
@@ -268,4 +246,5 @@ def test_lessons_import_only_what_comes_before():
 def test_a_room_imports_from_those_below_and_lessons(room, may):
     for path in ROOT.glob(f"sftlab/{room}/[!_]*.py"):
         for name in imports(path, late=True) - LESSON_MODULES:
-            assert name.split(".")[1] in (*may, "models", "rendering"), f"{path} imports {name}"
+            below = name.split(".")[1] in (*may, "models", "rendering", "special_tokens")
+            assert below, f"{path} imports {name}"

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sftlab.generation
-from sftlab.generation import (answers_html, complete, evaluate, few_shot_prompt, generate_ids,
-                               greedy, sampler, stop_token_ids, stream,
-                               truncate_at_stop, warp_logits, wilson_interval)
+from sftlab.figures.generation import answers_html
+from sftlab.generation import (complete, evaluate, few_shot_prompt, generate_ids, greedy, sampler,
+                               stop_token_ids, stream, stream_ids, truncate_at_stop, warp_logits,
+                               wilson_interval)
 from sftlab.models import load
 from sftlab.tiny.world import examples
 from sftlab.tiny.world import test_set as items_of_test
@@ -64,6 +65,40 @@ def test_temperature_zero_is_greedy_and_seeds_decide_the_rest():
         sample = sampler(seed=seed)
         return [sample(logits) for _ in range(20)]
     assert draw(1) == draw(1) != draw(2)
+
+
+def test_tokens_are_drawn_as_often_as_the_probabilities_say():
+    logits = torch.tensor([3.0, 2.6, 2.0, 1.5, 1.0, 0.8, 0.5, -1.0])
+    sample, n = sampler(temperature=0.8, top_k=6, seed=0), 4000
+    expected = warp_logits(logits, 0.8, 6).softmax(-1)
+    drawn = torch.bincount(torch.tensor([sample(logits) for _ in range(n)]), minlength=8)
+    kept = expected > 0
+    chi2 = ((drawn[kept] - n * expected[kept]) ** 2 / (n * expected[kept])).sum().item()
+    # 5 degrees of freedom: a right sampler exceeds 20.5 once in 1,000 seeds
+    assert kept.sum() == 6 and drawn[~kept].sum() == 0 and chi2 < 20.5
+
+
+def test_a_cache_changes_nothing(tiny):
+    model, tokenizer = tiny
+    for prompt in ("<|endoftext|>It was a cold day.", "<|endoftext|>秘鲁的首都是"):
+        ids = tokenizer(prompt)["input_ids"]
+        slow, why = generate_ids(model, ids, 40)
+        assert why == "length" and list(stream_ids(model, ids, 40)) == slow
+        stops = {slow[9]}
+        slow, why = generate_ids(model, ids, 40, stops)
+        assert why == "stop" and list(stream_ids(model, ids, 40, stops)) == slow[:-1]
+
+
+def test_a_batch_is_the_librarys_batch(tiny):
+    model, tokenizer = tiny
+    prompts = ["<|endoftext|>" + few_shot_prompt([], item["question"])
+               for item in items_of_test()[:20]]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    theirs = model.generate(**inputs, max_new_tokens=16, do_sample=False,
+                            pad_token_id=tokenizer.pad_token_id)
+    theirs = theirs[:, inputs["input_ids"].shape[1]:].tolist()
+    ours = [done.ids for done in complete(model, tokenizer, prompts, 16, batch_size=20)]
+    assert ours == [row[:len(ids)] for row, ids in zip(theirs, ours)]
 
 
 @settings(max_examples=25, deadline=None)

@@ -18,12 +18,13 @@ from transformers import (
     GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM)
 
 from sftlab import lora
+from sftlab.audit.adapters import check_applied, without_adapter
 from sftlab.errors import LoRAError, OutputError
 from sftlab.files import adapters as files
 from sftlab.files.adapters import adapter_config, adapter_tensors, load_adapter, save_adapter
 from sftlab.lora import (
-    LoRALinear, adapters, check_applied, inject, merge, remove, replace_module, targets_of,
-    token_rows, train_tokens, trainable, unmerge, without_adapter)
+    DoRALinear, LoRALinear, adapters, inject, merge, remove, replace_module, targets_of,
+    token_rows, train_tokens, trainable, unmerge)
 from sftlab.training import TrainingConfig, train
 
 warnings.filterwarnings("ignore")
@@ -43,11 +44,17 @@ IDS = torch.randint(0, 64, (3, 12), generator=torch.Generator().manual_seed(1))
 ENDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def adapted(model, use_dora=False, use_rslora=False, **options):
+    "Inject, with PEFT's names for the variants."
+    inject(model, layer=DoRALinear if use_dora else LoRALinear, **options)
+    return lora.use_rslora(model) if use_rslora else model
+
+
 def pair(base, tokens=None, r=8, lora_alpha=16, target_modules="all-linear", **more):
     "Ours and PEFT's, made under one seed."
     options = dict(r=r, lora_alpha=lora_alpha, target_modules=target_modules, **more)
     torch.manual_seed(3)
-    ours = inject(copy.deepcopy(base), **options)
+    ours = adapted(copy.deepcopy(base), **options)
     if tokens:
         train_tokens(ours, tokens)
     torch.manual_seed(3)
@@ -91,7 +98,7 @@ def learn(model, steps=2, lr=1e-2):
 def learned(base=None, tokens=None, **options):
     "A model with an adapter that holds something."
     torch.manual_seed(4)
-    model = inject(base or small(), **options)
+    model = adapted(base or small(), **options)
     if tokens:
         train_tokens(model, tokens)
     learn(model)
@@ -157,7 +164,7 @@ def test_the_comparison_notices_another_seed_and_a_small_change():
 
 def test_doras_lengths_get_no_gradient():
     "With the norm in the graph the gradient of B would be another."
-    layer = LoRALinear(torch.nn.Linear(6, 4), r=2, use_dora=True)
+    layer = DoRALinear(torch.nn.Linear(6, 4), r=2)
     layer.lora_B.data.normal_()
     x = torch.randn(5, 6)
     layer(x).square().sum().backward()
@@ -176,7 +183,9 @@ def test_doras_lengths_get_no_gradient():
        st.booleans(), st.booleans())
 def test_a_layer_is_its_formula(n_in, n_out, r, alpha, bias, use_rslora):
     base = torch.nn.Linear(n_in, n_out, bias=bias).double()
-    layer = LoRALinear(base, r, alpha, use_rslora=use_rslora)
+    layer = LoRALinear(base, r, alpha)
+    if use_rslora:
+        lora.use_rslora(torch.nn.Sequential(layer))
     x = torch.randn(3, n_in).double()
     layer.lora_A.data = layer.lora_A.data.double()
     layer.lora_B.data = torch.randn(n_out, r).double()
@@ -218,7 +227,7 @@ def test_any_module_with_the_right_shape_will_do():
     layer, x = LoRALinear(Twice(), r=2), torch.randn(3, 4)
     assert layer(x).equal(layer.base(x)) and layer.lora_A.dtype == torch.float32
     with pytest.raises(LoRAError, match="Twice holds no matrix of ordinary numbers"):
-        LoRALinear(Twice(), use_dora=True)
+        DoRALinear(Twice())
     model = torch.nn.Sequential(layer)
     with pytest.raises(LoRAError, match="dequantise the base before merging"):
         merge(model)

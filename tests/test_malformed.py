@@ -13,6 +13,7 @@ from sftlab.masking import IGNORE, encode_rows
 from sftlab.models import load
 
 FRUIT = dict(instruction="Name a fruit.", output="Apple")
+TEXT = dict(type="text", text="Hi")
 TOOL = dict(name="weather", description="Says it.", parameters=dict(type="object", properties={}))
 
 
@@ -175,7 +176,15 @@ WRONG = {  # what it is -> the file, and what must be said of it
     "messages of null": (dump(dict(messages=None)), "field 'messages' is null"),
     "messages in a list": (dump(dict(messages=[[turn("user")]])), "'messages[0]' is a list"),
     "a turn that is a string": (talk("Hi"), "'messages[0]' is a string"),
-    "content in parts": (talk(turn("user", [dict(type="text", text="Hi")])), "content' is a list"),
+    "a picture among parts": (talk(turn("user", [TEXT, dict(type="image", image="cat.png")]),
+                                   turn("assistant")),
+                              "'messages[0].content[1]' is of the type 'image', and no text"),
+    "parts that say nothing": (talk(turn("user", [TEXT | dict(text=" ")]), turn("assistant")),
+                               "'messages[0].content' is empty"),
+    "a part of another kind": (talk(turn("user", ["Hi"]), turn("assistant")),
+                               "'messages[0].content[0]' is a string"),
+    "a part with more than text": (talk(turn("user", [TEXT | dict(cache_control=dict(a=1))]),
+                                        turn("assistant")), "'cache_control' next to its text"),
     "a role of another format": (talk(turn("human")), "'messages[0].role' is 'human'"),
     "a role in capitals": (talk(turn("User"), turn("assistant")), "role' is 'User'"),
     "a role that is a list": (talk(turn(["user"])), "'messages[0].role' is a list"),
@@ -298,6 +307,9 @@ RIGHT = {  # what it is -> the file, and how many rows it holds
     "names and other fields": (talk(turn("user", name="Ann"), turn("assistant", id=7, x=None)), 1),
     "a weight of 0": (talk(turn("user"), turn("assistant", "No.", weight=0), turn("user"),
                            turn("assistant", "Yes.", weight=1)), 1),
+    "content in parts": (talk(turn("user", [TEXT, TEXT | dict(image=None)]),
+                              turn("assistant", [TEXT | dict(annotations=[])])), 1),
+    "the role developer": (talk(turn("developer"), turn("user"), turn("assistant")), 1),
     "turns as prompt and completion": (dump(dict(prompt=[turn("user")],
                                                  completion=[turn("assistant")])), 1),
     "ShareGPT": (sharegpt(("system", "Be"), ("human", "Hi"), ("gpt", "Ho")), 1),

@@ -6,6 +6,7 @@ import re
 from html import unescape
 
 import pytest
+import trl
 from datasets import Dataset, disable_progress_bars
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from transformers import (
     DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithFlattening,
     PreTrainedTokenizerFast)
 from trl import SFTConfig, SFTTrainer
+from trl.chat_template_utils import qwen3_training_chat_template
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TRLCollator
 
 from sftlab.audit.label_faults import BATCH_FAULTS, ROW_FAULTS, mutation_table
@@ -255,6 +257,67 @@ def test_what_truncation_leaves():
     assert dropped(3, "prompt") == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*keep_end.*:FutureWarning")
+@pytest.mark.parametrize("how, limit, more", [
+    ("cut", 24, {}), ("cut", 48, {}), ("prompt", 40, dict(truncation_mode="keep_end"))])
+def test_truncation_is_trls(how, limit, more):
+    theirs = by_trl(ROWS, assistant_only_loss=True, max_length=limit, **more)[0]
+    ours, fate = truncate(MANY, limit, how)
+    assert fate["shortened"] > 0
+    assert theirs["input_ids"][:] == [row["input_ids"] for row in ours]
+    assert theirs["labels"][:] == [row["labels"] for row in ours]
+
+
+def test_trl_cuts_at_1024_tokens_unless_told_otherwise():
+    rows = rows_of(say("Sing.", "la " * 1200), say("la " * 1200, "Often."))
+    [kept] = by_trl(rows, assistant_only_loss=True, max_length=SFTConfig.max_length)[0]
+    assert SFTConfig.max_length == len(kept["labels"]) == 1024
+    assert TINY.eos_token_id not in kept["labels"]
+
+
+def thinking_tokenizer():
+    tokenizer = copy.deepcopy(TINY)
+    tokenizer.chat_template = qwen3_training_chat_template
+    return tokenizer
+
+
+def talk_with_tool():
+    call = dict(function=dict(name="weather", arguments=dict(city="Lima")))
+    return [
+        dict(role="user", content="Is it warm?"),
+        dict(role="assistant", content="", reasoning_content="Look it up.", tool_calls=[call]),
+        dict(role="tool", content="24 degrees"),
+        dict(role="assistant", content="Yes.", reasoning_content="24 is warm.")]
+
+
+def test_calls_and_thoughts_are_learned_and_results_are_not():
+    tokenizer, messages = thinking_tokenizer(), talk_with_tool()
+    called, answered = learned_text(tokenizer, encode(tokenizer, messages))
+    assert called.startswith("<think>\nLook it up.") and '"city": "Lima"' in called
+    assert answered == "<think>\n24 is warm.\n</think>\n\nYes.<|im_end|>\n"
+    [everything_after] = learned_text(tokenizer, encode(tokenizer, messages, "completion"))
+    assert "24 degrees" in everything_after
+    [no_thought] = learned_text(tokenizer, encode(tokenizer, say("Hi", "Ho")))
+    assert no_thought == "<think>\n\n</think>\n\nHo<|im_end|>\n"
+
+
+def test_trl_learns_of_tools_what_we_say():
+    "Of a completion with several messages it learns the tool's results, too."
+    tokenizer, messages = thinking_tokenizer(), talk_with_tool()
+    split = [dict(prompt=messages[:1], completion=messages[1:])]
+    for mode, (rows, more) in {"assistant": (rows_of(messages), dict(assistant_only_loss=True)),
+                               "completion": (split, {})}.items():
+        [theirs] = by_trl(rows, tokenizer, **more)[0]
+        assert theirs["labels"] == encode(tokenizer, messages, mode)["labels"]
+
+
+def test_todays_collator_takes_no_labels():
+    row = encode(TINY, say("Hi", "Ho"))
+    made = DataCollatorForLanguageModeling(TINY, mlm=False)([row])
+    assert made["labels"][0].tolist() == row["input_ids"] != row["labels"]
+    assert not hasattr(trl, "DataCollatorForCompletionOnlyLM")
+
+
 def rows_of(*many):
     return [dict(messages=messages) for messages in many]
 
@@ -366,6 +429,21 @@ def test_trls_own_batches_have_no_fault():
         report.assert_ok()
 
 
+def test_a_template_that_learns_more_after_its_stop_token_has_no_fault():
+    "Qwen3's, as TRL trains it: the stop token, then a line end that is learned too."
+    tokenizer = thinking_tokenizer()
+    batches = ours(encode_rows(tokenizer, ROWS))
+    for more in (dict(rows=ROWS), dict(template=tokenizer.chat_template), {}):
+        report = audit_labels(batches, tokenizer, **more)
+        report.assert_ok()
+        assert report.stop == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for batch in batches:
+        batch["labels"].masked_fill_(batch["labels"] == report.stop, IGNORE)
+    for more in (dict(rows=ROWS), dict(template=tokenizer.chat_template)):
+        causes = audit_labels(batches, tokenizer, **more).causes
+        assert list(causes) == ["stop token not learned"]
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_real_rows_have_no_fault(real_data, name):
     rows = rows_of(*real_talks(real_data, name, 100))
@@ -381,6 +459,31 @@ def test_no_conversation_makes_the_audit_cry(many, name):
     rows = rows_of(*many)
     batches = batched(COLLATORS[name](TINY), encode_rows(TINY, rows), 3)
     audit_labels(batches, TINY, rows).assert_ok()
+
+
+def padded_texts(messages, side="right"):
+    "Conversations as text, padded; labels are the ids, but not of padding."
+    texts = [TINY.apply_chat_template(m, tokenize=False) for m in messages]
+    batch = dict(TINY(texts, padding=True, padding_side=side, return_tensors="pt"))
+    return batch | dict(labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100))
+
+
+def test_the_ways_of_many_tutorials_are_named():
+    pair = [say("What is the capital of Peru?", "Lima."), say("Say cat.", "Cat is the word.")]
+    copied = padded_texts(pair)
+    copied["labels"] = copied["input_ids"].clone()
+    assert list(audit_labels([copied], TINY, rows_of(*pair)).causes) == ["everything learned"]
+    n = len(TINY.apply_chat_template(pair[0][:1], add_generation_prompt=True)["input_ids"])
+    for side in ("right", "left"):
+        cut = padded_texts(pair, side)
+        cut["labels"][:, :n] = -100
+        assert list(audit_labels([cut], TINY, rows_of(*pair)).causes) == ["one cut for all rows"]
+    same = copy.deepcopy(TINY)
+    same.pad_token = same.eos_token
+    by_id = DataCollatorForLanguageModeling(same, mlm=False)(
+        [dict(input_ids=encode(TINY, m)["input_ids"]) for m in pair])
+    causes = audit_labels([by_id], same, rows_of(*pair)).causes
+    assert set(causes) == {"everything learned", "pad is the stop token"}
 
 
 @pytest.mark.parametrize("fault", ROW_FAULTS)

@@ -2,6 +2,7 @@
 and the one message where nothing does."""
 
 import inspect
+import random
 import subprocess
 import sys
 
@@ -24,6 +25,8 @@ from transformers import (
 
 from sftlab.audit.architectures import model_sizes, shortened, trained_sizes
 from sftlab.audit.memory import (
+    allocated_peak,
+    compare,
     fake_peak,
     fake_saved_bytes,
     forward_loss,
@@ -32,21 +35,24 @@ from sftlab.audit.memory import (
     measure,
     meter,
     random_model,
+    random_shape,
     saved_bytes,
     state_bytes,
+    timeline,
 )
+from sftlab.audit.moments import autocast_copies, layer_activations, step_moments
 from sftlab.errors import MemoryEstimateError
+from sftlab.figures.memory import explore
 from sftlab.guards import memory as guards
+from sftlab.guards.memory import CONFIGS, room_on
 from sftlab.memory import (
-    CONFIGS,
     METHODS,
     OPTIMIZERS,
     PRECISIONS,
-    autocast_bytes,
+    Run,
     count_parameters,
     estimate,
-    explore,
-    layer_activations,
+    largest,
     max_that_fits,
     model_dims,
     optimizer_bytes,
@@ -163,13 +169,12 @@ def test_four_bit_matrices_to_the_byte(inputs, outputs):
 
 
 def predicted(config, batch, length, method, precision, attention, checkpointing=False):
-    options = dict(precision=precision, attention=attention, checkpointing=checkpointing)
-    e = estimate(config, method, batch, length, **options)
-    copies = 0 if checkpointing and method != "full" else e.terms["autocast copies"]
-    if checkpointing and method == "full" and precision == "mixed":
-        # of the head; those of the layers are in use, but not saved
-        copies = 2 * SMALL["vocab_size"] * SMALL["hidden_size"]
-    return e.terms["activations"] + copies + 4 * batch * length * SMALL["vocab_size"]
+    "What the hooks see at the loss: the logits only once, and of the copies those that are kept."
+    run = Run(model_dims(config), method, batch, length, precision, checkpointing, attention)
+    layer, head = autocast_copies(run)
+    copies = head + (0 if checkpointing else layer * SMALL["num_hidden_layers"])
+    activations = step_moments(run)["loss"]["activations"][0]
+    return activations + copies + 4 * batch * length * SMALL["vocab_size"]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -198,9 +203,8 @@ def test_activations_of_a_layer_where_only_some_matrices_are_adapted(names, prec
         adapters = dict(r=8, target_modules=names)
         return fake_saved_bytes(config, 3, 80, "lora", precision, attention, **adapters)
 
-    c = model_dims(FAMILIES["qwen3"])
-    layer = layer_activations(c, 3, 80, "lora", precision, attention, 8, names)[0]
-    copies = autocast_bytes(c, "lora", precision, 8, names) / c["num_hidden_layers"]
+    run = Run(model_dims(FAMILIES["qwen3"]), "lora", 3, 80, precision, False, attention, 8, names)
+    layer, copies = layer_activations(run)[0], autocast_copies(run)[0]
     assert layer + copies == pytest.approx(counted(3) - counted(2), rel=0.01)
 
 
@@ -217,30 +221,106 @@ def test_activations_are_linear_in_layers_and_rows():
         config = LlamaConfig(**SMALL | dict(num_hidden_layers=layers))
         return fake_saved_bytes(config, batch, 32, "full", "bf16", "sdpa")
 
-    layer = layer_activations(model_dims(FAMILIES["llama"]), 2, 32, "full", "bf16")[0]
+    run = Run(model_dims(FAMILIES["llama"]), "full", 2, 32, "bf16")
+    layer = layer_activations(run)[0]
     assert counted(3, 2) - counted(2, 2) == counted(2, 2) - counted(1, 2) == layer
 
 
 # --- the peak
 
-WAYS = [
-    ("full", "bf16", "sdpa"),
-    ("full", "fp32", "eager"),
-    ("full", "mixed", "sdpa"),
-    ("lora", "mixed", "sdpa"),
-    ("lora", "bf16", "eager"),
+ALL_WAYS = [
+    (method, precision, checkpointing)
+    for method in METHODS
+    for precision in PRECISIONS
+    for checkpointing in (False, True)
 ]
 
 
+@pytest.mark.parametrize("method, precision, checkpointing", ALL_WAYS)
+def test_the_peak_is_what_the_meter_sees(method, precision, checkpointing):
+    """Random shapes in real sizes: all that comes and goes, predicted within 3 %
+    of the count, each method in each precision."""
+    rng = random.Random(f"{method} {precision} {checkpointing}")
+    options = dict(precision=precision, checkpointing=checkpointing)
+    for _ in range(3):
+        found = compare(*random_shape(rng), method, **options)
+        assert abs(found["off"]) < 0.03, found
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_peak_in_a_layer_and_at_the_embedding(method, precision, tied):
+    "With few tokens, or a small vocabulary, the loss is not the peak."
+    wide = dict(vocab_size=20_000, hidden_size=1024, intermediate_size=3584)
+    small = dict(vocab_size=600, hidden_size=1024, intermediate_size=3584)
+    for numbers, tokens in ((wide, 16), (small, 1024)):
+        config = LlamaConfig(**SMALL | numbers | dict(num_hidden_layers=3, num_attention_heads=8,
+                                                      tie_word_embeddings=tied))
+        found = compare(config, 1, tokens, method, precision=precision)
+        assert abs(found["off"]) < 0.08, (numbers, found)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_peak_with_eager_attention(method, precision):
+    config = LlamaConfig(**SMALL | dict(num_hidden_layers=3))
+    for checkpointing in (False, True):
+        found = compare(config, 1, 1024, method, precision=precision, attention="eager",
+                        checkpointing=checkpointing)
+        assert abs(found["off"]) < 0.08, found
+
+
+@pytest.mark.parametrize("model, method, batch, length, more", [
+    ("qwen3-0.6b", "full", 4, 1024, {}),
+    ("smollm2-135m", "full", 2, 512, {}),
+    (LlamaConfig(**CONFIGS["llama-2-7b"] | dict(num_hidden_layers=3)), "full", 1, 2048,
+     dict(checkpointing=False)),
+], ids=["qwen3", "smollm2", "llama"])
+def test_the_peak_where_it_was_off_by_five_to_eight_percent(model, method, batch, length, more):
+    assert abs(compare(model, batch, length, method, **more)["off"]) < 0.03
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_meter_sees_what_the_profiler_sees(tied):
+    "A tied table is the place where PyTorch adds gradients in place, if nobody watches."
+    numbers = dict(vocab_size=6000, hidden_size=64, intermediate_size=128)
+    config = LlamaConfig(**SMALL | numbers | dict(tie_word_embeddings=tied))
+    model = random_model(config, "full", "fp32", device="cpu")
+
+    def step():
+        forward_loss(model, 1, 16).backward()
+
+    step()
+    with meter() as used:
+        step()
+    assert used.peak == pytest.approx(allocated_peak(step), rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "mixed"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method, precision, attention", WAYS)
-def test_the_peak_is_what_the_meter_sees(method, precision, attention, checkpointing):
-    config = LlamaConfig(**SMALL | dict(vocab_size=16000))
-    options = dict(precision=precision, attention=attention, checkpointing=checkpointing)
-    e = estimate(config, method, 2, 128, **options)
-    above = e.total - sum(e.terms[name] for name in ("weights", "adapters", "optimiser"))
-    metered = sum(fake_peak(config, 2, 128, method, **options))  # gradients, and all above them
-    assert above == pytest.approx(metered, rel=0.05)
+def test_the_stand_in_of_four_bits_is_like_bitsandbytes(precision, checkpointing):
+    config = LlamaConfig(**SMALL | dict(vocab_size=500, num_hidden_layers=3))
+    real = random_model(config, "qlora", precision, device="cpu", checkpointing=checkpointing)
+    forward_loss(real, 1, 8, precision).backward()
+    with meter() as used:
+        forward_loss(real, 2, 96, precision).backward()
+    peak, _ = fake_peak(config, 2, 96, "qlora", precision, checkpointing=checkpointing)
+    assert peak == pytest.approx(used.peak, rel=0.03)
+
+
+def test_a_timeline_says_what_is_there_when():
+    model = random_model(FAMILIES["llama"], "full", "fp32", device="cpu")
+    table = timeline(model, 2, 32)
+    weights = sum(p.nbytes for p in model.parameters())
+    assert set(table["weights"]) == {weights} and table["AdamW"].min() >= 2 * weights
+    loss, update = table.attrs["loss"], table.attrs["update"]
+    assert 0 < loss < update < len(table)
+    assert table["gradients"][:loss].max() == 0 and table["gradients"].iloc[-1] == weights
+    assert table["activations"].idxmax() <= update and table["logits"].iloc[-1] == 0
+    lean = timeline(model, 2, 32, checkpointing=True)
+    assert lean["activations"].max() < table["activations"].max()
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_the_meter_notes_and_forgets():
@@ -292,6 +372,7 @@ def test_it_reads_well_and_draws():
     e, full = estimate("llama-2-7b", "qlora", 2, 512), estimate("llama-2-7b", "full", 2, 512)
     lines = repr(e).splitlines()
     assert lines[0].startswith("llama-2-7b, qlora r=16, 2 x 512") and "GiB" in lines[-2]
+    assert lines[-1].startswith("The peak is at the loss; at the layer's backward pass it is ")
     assert max(map(len, lines)) < 130
     assert f"{e.total / 1e9:.2f} GB" in e._repr_html_()
     (ax,) = plot_memory([e, full]).axes
@@ -309,7 +390,7 @@ def test_it_reads_well_and_draws():
     st.integers(1, 2000),
 )
 def test_what_fits_fits_and_one_more_does_not(model, method, card, length):
-    room = 0.9 * card * 2**30
+    room = room_on(card)
 
     def total(batch, length):
         return estimate(model, method, batch, length).total
@@ -322,6 +403,37 @@ def test_what_fits_fits_and_one_more_does_not(model, method, card, length):
     assert total(batch, length) <= room < total(batch + 1, length)
     longest = max_that_fits(model, method, card, batch=batch)
     assert longest >= length and total(batch, longest) <= room < total(batch, longest + 1)
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 10**6), st.integers(1, 50), st.integers(0, 3), st.integers(0, 10**4))
+def test_the_search_finds_the_largest_in_few_steps(answer, slope, curve, fixed):
+    asked = []
+
+    def total(size):
+        asked.append(size)
+        return fixed + slope * size + curve * size**2
+
+    assert largest(total, total(answer)) == answer
+    assert len(asked) < 60
+
+
+def test_fits_means_the_same_everywhere():
+    e = estimate("llama-2-7b", "qlora", 1, 1024)
+    card = e.total / 2**30 / 0.95  # there is room, and not a tenth of the card to spare
+    with pytest.raises(MemoryEstimateError, match="has .* to give"):
+        max_that_fits("llama-2-7b", "qlora", card, length=1024)
+    assert max_that_fits("llama-2-7b", "qlora", card * 0.95 / 0.9 + 1e-6, length=1024) == 1
+
+
+def test_no_more_tokens_than_the_model_takes():
+    "As `sftlab train`, which refuses rows longer than the context."
+    from sftlab.program.memory import _in_context
+
+    config = LlamaConfig(max_position_embeddings=2048)
+    assert _in_context(2048, config) == "2,048 tokens at most"
+    assert _in_context(90_000, config) == "2,048 tokens at most, the model's context"
+    assert _in_context(90_000, "llama-2-7b") == "90,000 tokens at most"
 
 
 # --- models without a formula: counted
@@ -404,6 +516,7 @@ def test_the_count_agrees_with_the_formula(monkeypatch, method, attention, check
     count = estimate(config, method, 2, 256, **run)
     assert count.total == pytest.approx(formula.total, rel=0.05)
     assert set(count.terms) == set(formula.terms) == set(count.formulas)
+    assert count.peak == formula.peak
     for name in ("weights", "4-bit constants", "adapters", "gradients", "optimiser"):
         assert count.terms[name] == formula.terms[name]
     assert "counted" in count.formulas["activations"]
@@ -428,6 +541,14 @@ def test_counted_estimates_grow_and_fit():
     assert totals == sorted(set(totals))
     card = (totals[3] + totals[4]) / 2 / 0.9 / 2**30
     assert max_that_fits(config, "lora", card, length=512) == 4
+
+
+def test_a_model_with_fewer_layers_than_are_counted():
+    for kind in ("gemma2", "gemma3_text"):
+        config = AutoConfig.for_model(kind, **KINDS[kind] | dict(num_hidden_layers=2))
+        short = AutoConfig.for_model(kind, **KINDS[kind] | dict(num_hidden_layers=3))
+        assert len(config.layer_types) == 2
+        assert 0 < estimate(config, "lora", 1, 64).total < estimate(short, "lora", 1, 64).total
 
 
 def test_without_sdpa_a_model_is_counted_as_eager():

@@ -191,7 +191,7 @@ def test_ours_is_the_template_that_trl_keeps(fitting, pair, talk, prompt):
 
 @pytest.mark.parametrize("talk, template, says", [
     ([], "chatml", "no messages"),
-    (say("a"), "gpt", "no template 'gpt': choose one of alpaca"),
+    (say("a"), "gpt", "no template 'gpt': choose one of chatml"),
     ([dict(role="human", content="a")], "chatml", r"messages\[0\].role is 'human'"),
     ([dict(role="user", content="a"), dict(role="assistant", tool_calls=[{}])], "chatml",
      r"messages\[1\].content is not a string"),
@@ -341,6 +341,83 @@ def test_segments_found_in_jinja_are_those_of_the_function(fitting, name, talk, 
         # where nothing was said, the end mark's turn may be told wrongly
         found, known = [c[:3] for c in found], [c[:3] for c in known]
     assert found == known
+
+
+CALL = dict(type="function", function=dict(name="now", arguments={}))
+PARTS = {"reasoning_content": "Hm.", "thinking": "Hm.", "tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize("content", ["", " ", "Yo"])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_without_a_place_is_never_lost(tiny, part, content):
+    "Not by one of ours, nor by a model's own template; whether or not something is said too."
+    lost = [*say("Hi"), dict(role="assistant", content=content) | {part: PARTS[part]}]
+    says = rf"messages\[1\]\.{part}"
+    for template in TEMPLATES:
+        with pytest.raises(TemplateError, match=says):
+            render(lost, template)
+    with pytest.raises(TemplateError, match=says):
+        segments_of(tiny, lost)
+
+
+def test_calls_are_missed_in_one_message_too(tiny):
+    "Some templates write a call only where its message says nothing else."
+    t = copy.deepcopy(tiny)
+    t.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if m.tool_calls and not m.content %}{{ m.tool_calls | tojson }}{% endif %}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    talk = [*say("Hi"), dict(role="assistant", content="", tool_calls=[CALL]),
+            dict(role="tool", content="7"),
+            dict(role="assistant", content="Again.", tool_calls=[CALL])]
+    for messages in (talk, talk[-1:]):
+        with pytest.raises(TemplateError, match=rf"messages\[{len(messages) - 1}\]\.tool_calls"):
+            segments_of(t, messages)
+    for name in ("deepseek_r1_distill", "lfm2"):
+        with pytest.raises(TemplateError, match=r"messages\[1\]\.tool_calls"):
+            segments_of(tokenizer_for(tiny, trl_templates()[name]), talk[:2])
+
+
+def test_a_call_that_a_later_message_needs_is_told(tiny):
+    "gpt-oss refuses a result without its call; that is no reason to say the call is left out."
+    t = tokenizer_for(tiny, trl_templates()["gptoss_training"])
+    talk = [*say("Hi"), dict(role="assistant", content="", tool_calls=[CALL]),
+            dict(role="tool", content="7"), dict(role="assistant", content="Seven.")]
+    text = "".join(s.text for s in segments_of(t, talk))
+    assert "functions.now" in text and "Seven." in text
+
+
+def test_tools_and_thoughts_of_qwen3(tiny):
+    "Learned: thoughts and calls, as far as the stop token. Not learned: tools and results."
+    t = tokenizer_for(tiny, trl_templates()["qwen3_training"])
+    call = dict(type="function", function=dict(name="weather", arguments=dict(city="Lima")))
+    tools = [dict(type="function", function=dict(name="weather", description="The weather.",
+                                                 parameters=dict(type="object", properties={})))]
+    talk = [*say("Is it raining?"),
+            dict(role="assistant", content="", reasoning_content="I ask.", tool_calls=[call]),
+            dict(role="tool", content="dry"), dict(role="assistant", content="No.")]
+    pieces = segments_of(t, talk, tools=tools)
+    assert "".join(s.text for s in pieces) == t.apply_chat_template(
+        talk, tools=tools, tokenize=False)
+    assert "".join(s.text for s in pieces if s.learned) == (
+        "<think>\nI ask.\n</think>\n\n<tool_call>\n"
+        '{"name": "weather", "arguments": {"city": "Lima"}}\n</tool_call><|im_end|>\n'
+        "<think>\n\n</think>\n\nNo.<|im_end|>\n")
+
+
+def test_published_qwen3_takes_earlier_thoughts_out(tiny):
+    t = tokenizer_for(tiny, trl_templates()["qwen3"])
+    def thinks(thought, text): return dict(role="assistant", content=text,
+                                           reasoning_content=thought)
+    two = [*say("a"), thinks("First.", "b"), *say("c"), thinks("Second.", "d")]
+    text = t.apply_chat_template(two, tokenize=False)
+    with pytest.raises(TemplateError, match=r"writes messages\[1\] in another way when more"):
+        segments_of(t, two)
+    assert "First." not in text and "Second." in text
+    assert "First." in t.apply_chat_template(two[:2], tokenize=False)
+    off = t.apply_chat_template(two[:1], tokenize=False, add_generation_prompt=True,
+                                enable_thinking=False)
+    assert off.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
 TOKENS = r"<[|｜][^|｜<> ]+[|｜]>|<(?:start|end)_of_turn>|<turn\|>|<\|turn>"
@@ -581,6 +658,34 @@ def test_notes(tiny, fitting):
     report = check_template(tokenizer_for(tiny, trl_templates()["gemma_training"]))
     assert not report.faults
     assert "a system message is refused (System role not supported)" in report.notes
+
+
+def test_the_names_in_the_lesson_on_a_real_model_exist(tiny):
+    "The lesson shows this code and does not run it: it needs a download."
+    import dataclasses
+    import inspect
+    import trl
+    assert {"add_generation_prompt", "tools", "sanitize_control_tokens", "return_tensors"} <= set(
+        inspect.signature(tiny.apply_chat_template).parameters)
+    assert "assistant_only_loss" in {f.name for f in dataclasses.fields(trl.SFTConfig)}
+    assert {"model", "args", "train_dataset"} <= set(
+        inspect.signature(trl.SFTTrainer.__init__).parameters)
+    assert list(inspect.signature(trl.clone_chat_template).parameters)[:3] == [
+        "model", "tokenizer", "source_tokenizer_path"]
+    assert callable(trl.get_training_chat_template) and not hasattr(trl, "setup_chat_format")
+
+    def weather(city: str):
+        """Weather now.
+
+        Args:
+            city: A city.
+        """
+    t = tokenizer_for(tiny, trl_templates()["qwen3"])
+    asked = t.apply_chat_template(say("Rain?"), tools=[weather], add_generation_prompt=True,
+                                  enable_thinking=False, sanitize_control_tokens=True,
+                                  return_tensors="pt")
+    text = t.decode(asked["input_ids"][0])
+    assert '"name": "weather"' in text and text.endswith("<think>\n\n</think>\n\n")
 
 
 # --- the view ---

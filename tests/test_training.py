@@ -1,15 +1,19 @@
 """The training loop: the Trainer's weights to the bit, every row once an epoch, and a run that is
 killed goes on as if nothing had been."""
+import ast
 import inspect
 import json
 import math
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
+from pathlib import Path
 
 import matplotlib
 import pytest
@@ -34,6 +38,7 @@ from sftlab.guards.training import check_bf16, check_rows
 from sftlab.masking import encode_rows
 from sftlab.models import load
 from sftlab.plots import LossPlot
+from sftlab.precision import half_precision, scaled_step
 from sftlab.tiny.world import as_messages, examples
 from sftlab.training import (
     PADDING_FREE,
@@ -47,8 +52,10 @@ from sftlab.training import (
     evaluate_nll,
     flatten_rows,
     lr_multiplier,
+    new_optimizer,
     next_labels,
     nll_sum,
+    optimizer_step,
     padded,
     target_nll_sum,
     train,
@@ -186,6 +193,34 @@ def test_the_comparison_would_notice(change, tmp_path):
     assert not same(weights(mine), weights(other))
 
 
+def test_the_comparison_would_notice_means_instead_of_sums(tmp_path):
+    s = TrainingConfig(
+        epochs=1, batch_size=2, gradient_accumulation_steps=4, learning_rate=1e-2, shuffle=False)
+    def means(model, batch): return nll_sum(model, batch) / count_targets(batch)
+    mine, other = small(), small()
+    trainers_run(other, ROWS, s, tmp_path)
+    quiet_train(mine, ROWS, s, loss_fn=means)
+    assert not same(weights(mine), weights(other))
+
+
+def test_the_trainer_ignores_the_warm_up_of_constant(tmp_path):
+    def first_rates(schedule):
+        args = TrainingArguments(
+            str(tmp_path), lr_scheduler_type=schedule, warmup_steps=0.3, learning_rate=1.0,
+            max_steps=10, use_cpu=True, report_to=[])
+        trainer = Trainer(torch.nn.Linear(1, 1), args)
+        scheduler = trainer.create_scheduler(10, trainer.create_optimizer())
+        rates = []
+        for _ in range(5):
+            rates.append(round(scheduler.get_last_lr()[0], 2))
+            trainer.optimizer.step()
+            scheduler.step()
+        return rates
+
+    assert first_rates("constant") == [1.0] * 5
+    assert first_rates("constant_with_warmup") == [0.0, 0.33, 0.67, 1.0, 1.0]
+
+
 @given(steps=st.integers(1, 60), wanted=st.integers(0, 60) | st.floats(0, 0.99),
        schedule=st.sampled_from(SCHEDULES))
 def test_schedules_are_those_of_transformers(steps, wanted, schedule):
@@ -316,6 +351,54 @@ def test_perplexity_does_not_depend_on_batches_or_order(way):
     assert repr(training.Nll(math.log(2), 1500)) == says
 
 
+# --- float16
+
+def test_float16_is_near_float32_and_scales_the_gradients_only():
+    s = dict(epochs=1, learning_rate=1e-2, warmup_steps=2)
+    plain, half = small(), small()
+    history = quiet_train(plain, ROWS, TrainingConfig(**s))
+    of_half = quiet_train(half, ROWS, TrainingConfig(**s, fp16=True))
+    assert list(of_half) == list(history)
+    assert list(of_half["loss"]) == pytest.approx(list(history["loss"]), rel=0.02)
+    assert list(of_half["grad_norm"]) == pytest.approx(list(history["grad_norm"]), rel=0.1)
+    assert not same(weights(plain), weights(half))
+
+
+def test_a_factor_alone_changes_no_bit():
+    "In float32 a power of two moves the exponent only: the step is the plain one."
+    mine, other = small(), small()
+    batches = [padded(ROWS[:4]), padded(ROWS[4:8])]
+    for model, step in ((mine, optimizer_step),
+                        (other, partial(scaled_step, torch.amp.GradScaler("cpu")))):
+        optimizer = new_optimizer(model, TrainingConfig())
+        for _ in range(3):
+            figures = step(model, optimizer, batches, 1e-2, 0.5, nll_sum)
+            assert figures["grad_norm"] > 0.5
+    assert same(weights(mine), weights(other)) and not same(weights(mine), weights(small()))
+
+
+def test_an_overflow_skips_the_step_and_halves_the_factor():
+    model = small()
+    optimizer = new_optimizer(model, TrainingConfig())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 100)
+    in_half = torch.autocast("cpu", dtype=torch.float16)(nll_sum)
+    figures = scaled_step(scaler, model, optimizer, [padded(ROWS[:4])], 1e-2, 1.0, in_half)
+    assert not math.isfinite(figures["grad_norm"]) and math.isfinite(figures["loss"])
+    assert same(weights(model), weights(small())) and scaler.get_scale() == 2.0 ** 99
+
+
+def test_a_run_in_float16_that_was_stopped_ends_the_same(tmp_path):
+    s = TrainingConfig(epochs=2, batch_size=4, learning_rate=1e-2, fp16=True)
+    whole, again = small(), small()
+    straight = quiet_train(whole, ROWS, s)
+    with pytest.raises(KeyboardInterrupt):
+        quiet_train(small(), ROWS, s, checkpoints=tmp_path, save_steps=2, on_step=stop_at(5))
+    state = json.loads((tmp_path / "step-00000004" / "state.json").read_text())
+    assert state["scaler"]["scale"] > 0 and state["scaler"]["_growth_tracker"] > 0
+    history = quiet_train(again, ROWS, s, checkpoints=tmp_path, save_steps=2)
+    assert same(weights(whole), weights(again)) and straight.equals(history)
+
+
 # --- the order of rows
 
 @given(n=st.integers(1, 40), size=st.integers(1, 5), accumulate=st.integers(1, 4),
@@ -385,7 +468,7 @@ def test_no_rows_are_refused():
     (dict(learning_rate=float("nan")), "learning_rate is nan"),
     (dict(learning_rate="1e-3"), "learning_rate is '1e-3'"),
     (dict(warmup_steps=-1), "warmup_steps"), (dict(weight_decay=-1), "weight_decay"),
-    (dict(max_grad_norm=-1), "max_grad_norm")])
+    (dict(max_grad_norm=-1), "max_grad_norm"), (dict(bf16=True, fp16=True), "choose one")])
 def test_settings_that_cannot_be_right(wrong, says):
     with pytest.raises(TrainingError, match=says):
         TrainingConfig(**wrong)
@@ -403,9 +486,9 @@ def test_a_card_without_bfloat16_is_refused(monkeypatch):
     class Old:
         device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    with pytest.raises(TrainingError, match="bf16=False"):
-        training._autocast(Old, True)
-    training._autocast(Old, False)
+    with pytest.raises(TrainingError, match="bf16=False, or fp16=True"):
+        half_precision(Old, TrainingConfig(bf16=True), nll_sum)
+    half_precision(Old, TrainingConfig(), nll_sum)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     check_bf16(Old.device)
     check_bf16(torch.device("cpu"))
@@ -458,6 +541,26 @@ def test_what_the_program_imports_brings_no_torch():
                           capture_output=True, text=True, check=True)
     heavy = {"torch", "transformers", "pandas", "matplotlib", "datasets", "trl", "peft"}
     assert not heavy & set(done.stdout.split())
+
+
+# --- what the lesson says one types for a real model
+
+def test_the_libraries_take_what_the_lesson_types():
+    from trl import SFTConfig, SFTTrainer
+    lesson = Path(__file__).parent.parent / "nbs" / "05_full_finetuning.ipynb"
+    cells = ["".join(c["source"]) for c in json.loads(lesson.read_text("utf-8"))["cells"]]
+    [text] = [source for source in cells if "## On a real model" in source]
+    tree = ast.parse(re.search(r"(?s)```python\n(.*?)```", text.split("## On a real model")[1])[1])
+    calls = {getattr(c.func, "id", ""): c for c in ast.walk(tree) if isinstance(c, ast.Call)}
+    typed = {k.arg: ast.literal_eval(k.value) for k in calls["SFTConfig"].keywords}
+    made = SFTConfig(**typed, use_cpu=True)
+    assert made.warmup_steps == 0.03 and made.assistant_only_loss
+    assert {k.arg for k in calls["SFTTrainer"].keywords} <= set(
+        inspect.signature(SFTTrainer).parameters)
+    plain = SFTConfig("x", use_cpu=True)  # "TRL's defaults"
+    assert (plain.learning_rate, plain.num_train_epochs, plain.warmup_steps) == (2e-5, 3, 0)
+    assert (plain.per_device_train_batch_size, plain.max_length, plain.bf16) == (8, 1024, True)
+    assert plain.lr_scheduler_type == "linear"
 
 
 # --- checkpoints

@@ -12,9 +12,10 @@ import pytest
 import typer
 from datasets import Dataset
 
+from sftlab.audit.data import dataset_stats
 from sftlab.audit.labels import audit_labels, label_auditor
 from sftlab.cli import app, main
-from sftlab.data import dataset_stats, split_rows
+from sftlab.data import split_rows
 from sftlab.errors import DataError, FinetuneError, MaskError, TemplateError, TrainingError
 from sftlab.files.rows import read_messages, read_rows
 from sftlab.files.writers import write_rows

@@ -17,6 +17,7 @@ ROOMS = {  # folder of nbs/reference -> heading in the sidebar
     "guards": "Guards: what is refused",
     "files": "Files: what is read and written",
     "audit": "Audits: what went wrong in silence",
+    "figures": "Figures of the lessons",
     "tiny": "The tiny model and its world",
     "study": "Exercises, experiments, speed",
 }

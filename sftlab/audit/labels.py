@@ -185,19 +185,25 @@ def _by_rows(tokenizer, rows, template):
     return tell
 
 # %% ../../nbs/reference/audit/labels.ipynb #bef7ba67
-def _marks(tokenizer, template): # -> text from question to answer, id of the stop token, text after
+def _ending(tokenizer, ids, learned): # -> ids from the stop token on, as far as they are learned
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    stop = max((i for i in learned if ids[i] in special), default=learned[-1])
+    return ids[stop:learned[-1] + 1]
+
+def _marks(tokenizer, template): # -> text from question to answer, ids that end it, text after
     "What a template writes around an answer."
     if template is None and not tokenizer.chat_template:
-        return "", tokenizer.eos_token_id, ""
+        return "", [tokenizer.eos_token_id], ""
     talk = [dict(role="user", content="Why?"), dict(role="assistant", content="So.")]
     parts = layout(tokenizer, talk, template)
     texts = [part.text for part in parts]
     asked, answered = texts.index("Why?"), texts.index("So.")
     ids, owners = encode_segments(tokenizer, parts)
-    stop = [token for token, owner in zip(ids, owners) if parts[owner].learned][-1]
+    learned = [i for i, owner in enumerate(owners) if parts[owner].learned]
     def text(some):
         return "".join(part.text for part in some if not part.learned)
-    return text(parts[asked + 1:answered]), stop, text(parts[answered:])
+    return (text(parts[asked + 1:answered]), _ending(tokenizer, ids, learned),
+            text(parts[answered:]))
 
 # %% ../../nbs/reference/audit/labels.ipynb #ffb13ef8
 def _kinds_of_text(text, answer, tail): # -> (kind, turn) of each character
@@ -210,13 +216,13 @@ def _kinds_of_text(text, answer, tail): # -> (kind, turn) of each character
             kinds[m.end():] = [("tail", turn)] * (len(text) - m.end())
     return kinds
 
-def _by_template(tokenizer, header, stop, tail):
+def _by_template(tokenizer, header, ending, tail):
     "A function that tells a conversation's kinds by a template's marks."
     def spelled(text):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return "".join(tokenizer.convert_ids_to_tokens(ids))
     before = re.escape(spelled(header))
-    end = re.escape(tokenizer.convert_ids_to_tokens(stop))
+    end = re.escape("".join(tokenizer.convert_ids_to_tokens(ending)))
     answer = re.compile(f"{before}(.*?)({end}|$)", re.DOTALL)
     tail = spelled(tail)
     def tell(talk):
@@ -444,13 +450,14 @@ def label_auditor(
 
     Rows without messages raise a `MaskError`, and so does auditing without a batch."""
     check_message_rows(rows or [], MaskError)
-    header, stop, tail = _marks(tokenizer, template)
-    n_tail = len(tokenizer(tail, add_special_tokens=False)["input_ids"])
+    header, ending, tail = _marks(tokenizer, template)
+    stop = ending[0]
+    n_tail = len(ending) - 1 + len(tokenizer(tail, add_special_tokens=False)["input_ids"])
     tell = None
     if rows is not None:
         tell = _by_rows(tokenizer, rows, template)
     elif template:
-        tell = _by_template(tokenizer, header, stop, tail)
+        tell = _by_template(tokenizer, header, ending, tail)
     def audit(batches, pad_id=tokenizer.pad_token_id):
         check_several(batches)
         batches = list(batches)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from ..errors import TemplateError
 from ..plots import panels, tokens_html
 from ..rendering import has_generation_markers, render_own, segments_of
-from ..templates import (encode_segments, joined_text, segments, special_pattern,
-                              with_template)
+from ..special_tokens import special_pattern
+from ..templates import encode_segments, joined_text, segments, with_template
 
 # %% ../../nbs/reference/audit/templates.ipynb #cab39a26
 TEMPLATE_FAULTS = { # name: (what it leads to, how to fix it)

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from ..errors import LoRAError
 from .atomic import atomic_dir
 from ..guards.lora import check_lora_options, check_not_merged, check_token_ids
-from ..lora import adapters, inject, remove, targets_of, token_rows, train_tokens
+from sftlab.lora import (
+    DoRALinear, LoRALinear, adapters, inject, remove, targets_of, token_rows, train_tokens,
+    use_rslora)
 
 # %% ../../nbs/reference/files/adapters.ipynb #a69a144a
 PREFIX = "base_model.model." # what PEFT puts in front of a module's name
@@ -38,7 +40,7 @@ def adapter_tensors(
     for name, layer in adapters(model).items():
         a, b, magnitude = _tensor_names(name)
         found |= {a: layer.lora_A, b: layer.lora_B}
-        if layer.magnitude is not None:
+        if hasattr(layer, "magnitude"): # DoRA
             found[magnitude] = layer.magnitude
     if rows := token_rows(model):
         found[_rows_name(model)] = rows.rows
@@ -62,8 +64,8 @@ def adapter_config(
     return dict(
         peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base_name),
         inference_mode=True, r=first.r, lora_alpha=first.lora_alpha,
-        lora_dropout=getattr(first.dropout, "p", 0.0), use_rslora=first.use_rslora,
-        use_dora=first.magnitude is not None, target_modules=_target_names(model), bias="none",
+        lora_dropout=first.dropout.p, use_rslora=first.scaling != first.lora_alpha / first.r,
+        use_dora=hasattr(first, "magnitude"), target_modules=_target_names(model), bias="none",
         trainable_token_indices=rows and rows.ids.tolist())
 
 # %% ../../nbs/reference/files/adapters.ipynb #6ef87fae
@@ -171,9 +173,11 @@ def load_adapter(
     config, tensors = read_adapter(folder)
     check_not_merged(adapters(model).values(), "replaced")
     _check_fit(model, config, tensors, folder)
-    options = ("lora_dropout", "use_rslora", "use_dora")
+    layer = DoRALinear if config.get("use_dora") else LoRALinear
     inject(remove(model), config["r"], config["lora_alpha"], config["target_modules"],
-           **{name: config[name] for name in options if name in config})
+           config.get("lora_dropout", 0.0), layer)
+    if config.get("use_rslora"):
+        use_rslora(model)
     if ids := config.get("trainable_token_indices"):
         train_tokens(model, ids)
     with torch.no_grad():

@@ -13,10 +13,11 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..data import FORMATS, from_messages
+from ..data import FORMATS
 from ..errors import DataError
 from .atomic import atomic_file
 from .containers import JSON_CELLS, without_nulls
+from .formats import from_messages
 from ..guards.data import has_nan, kind_of
 from ..guards.options import check_choice
 

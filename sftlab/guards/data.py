@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HALF', 'Problem', 'kind_of', 'check_text', 'has_nan', 'check_rest', 'is_deep', 'check_tools', 'check_calls',
-           'parse_tools', 'parse_arguments', 'check_turns', 'check_alpaca', 'check_sharegpt', 'check_prompt',
-           'check_messages', 'check_format', 'check_columns', 'check_outside', 'check_order', 'check_pairs',
-           'check_input', 'check_speaker', 'check_last_turn', 'check_own_fields', 'check_shares', 'check_field',
-           'check_groups', 'check_slots']
+           'parse_tools', 'parse_arguments', 'check_parts', 'check_turns', 'check_alpaca', 'check_sharegpt',
+           'check_prompt', 'check_messages', 'check_format', 'check_columns', 'check_outside', 'check_order',
+           'check_pairs', 'check_input', 'check_speaker', 'check_last_turn', 'check_own_fields', 'check_shares',
+           'check_field', 'check_groups', 'check_slots']
 
 # %% ../../nbs/reference/guards/data.ipynb #c5ac9933
 import json
@@ -222,10 +222,33 @@ def parse_arguments(
         raise DataError(str(Problem("arguments", what, _ARGUMENTS)))
     return _held(value) or {}
 
+# %% ../../nbs/reference/guards/data.ipynb #8870744b
+_PARTS = 'only parts of text can be read: {"type": "text", "text": "…"}'
+
+def _part_fault(part) -> tuple: # what is wrong with a part, how to fix it; None: nothing
+    if not isinstance(part, dict):
+        return f"is {kind_of(part)}", _PARTS
+    if part.get("type") != "text" or not isinstance(part.get("text"), str):
+        return f"is of the type {str(part.get('type'))[:40]!r}, and no text", _PARTS
+    if more := [name for name, value in part.items() if name not in ("type", "text") and value]:
+        return f"has {more[0]!r} next to its text", "take it out, or make it a field of the row"
+    return _fault(part["text"])
+
+def check_parts(
+    parts:list, # the content of a message
+    problems:list, # what is found wrong is added here
+    at:str, # where they are, such as `messages[2].content`
+):
+    "Look for parts of a message that are no text, and for parts that say nothing."
+    faults = {i: fault for i, part in enumerate(parts) if (fault := _part_fault(part))}
+    problems += [Problem(f"{at}[{i}]", *fault) for i, fault in faults.items()]
+    if not faults and not any(part["text"].strip() for part in parts):
+        problems.append(Problem(at, "is empty", "fill it in, or take the row out"))
+
 # %% ../../nbs/reference/guards/data.ipynb #011f8424
 def _may_be_silent(turn, content, role) -> bool:
     value = turn.get(content)
-    blank = value is None or isinstance(value, str) and not value.strip()
+    blank = value in (None, []) or isinstance(value, str) and not value.strip()
     if turn.get("function_call"): # refused for that, and not for the text that it lacks
         return blank
     if role == "tool":
@@ -248,13 +271,19 @@ def _check_turn(turn, problems, at, speaker, content, roles):
     if said == "function_call" and isinstance(turn.get(content), str):
         _check_packed_calls(turn[content], problems, f"{at}.{content}")
     elif not _may_be_silent(turn, content, role):
-        check_text(turn, content, problems, at + ".")
+        _check_said(turn, content, problems, at)
     _check_calls_and_weight(turn, role, problems, at)
     rest = {key: value for key, value in turn.items() if key not in (speaker, content)}
     if both := {"role", "content"} & set(rest):
         what = f"has {speaker} and {content}, and {' and '.join(sorted(both))} too"
         problems.append(Problem(at, what, "keep the ones that count"))
     check_rest(rest, problems, at + ".")
+
+def _check_said(turn, content, problems, at): # a string, or in messages a list of parts
+    if content == "content" and isinstance(turn.get(content), list):
+        check_parts(turn[content], problems, f"{at}.{content}")
+    else:
+        check_text(turn, content, problems, at + ".")
 
 def _check_calls_and_weight(turn, role, problems, at): # calls and weight
     calls, weight = turn.get("tool_calls"), turn.get("weight")

@@ -27,7 +27,7 @@ def check_lora_options(
     check_count("r", r, LoRAError)
     if not (isinstance(lora_alpha, Real) and 0 < lora_alpha < math.inf):
         raise LoRAError(f"lora_alpha is {lora_alpha!r}: "
-                        "it must be a number above 0, r or twice r to begin with")
+                        "it must be a number above 0, such as 16")
     if not (isinstance(lora_dropout, Real) and 0 <= lora_dropout < 1):
         raise LoRAError(f"lora_dropout is {lora_dropout!r}: it is a share, from 0 to below 1")
 

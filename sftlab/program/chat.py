@@ -47,7 +47,7 @@ def _reply(
 ) -> list: # the conversation as the model saw it, with its answer; without a question too long
     "Print an answer as it is made; Ctrl-C stops it, and what was said until then counts."
     from sftlab.generation import stream
-    from sftlab.templates import special_pattern
+    from sftlab.special_tokens import special_pattern
     limit = (max_positions(model) or math.inf) - room
     try:
         kept, ids = _within(tokenizer, messages, limit, tools)

@@ -8,15 +8,16 @@ __all__ = ['data_app', 'FormatName', 'OnError', 'FILE', 'ON_ERROR', 'PROMPT_COLU
 
 # %% ../../nbs/reference/program/data.ipynb #a7d73031
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..data import (
-    ACCEPTED, FORMATS, dataset_stats, full_text, near_duplicates, split_rows)
+from ..audit.data import control_tokens, dataset_stats, remarks
+from ..audit.duplicates import full_text, near_duplicates
+from ..data import ACCEPTED, FORMATS, split_rows
 from ..errors import DataError
 from ..files.atomic import atomic_dir
 from ..files.rows import PUT_ASIDE, in_short, iter_valid_rows, rejected_path, scan
@@ -61,7 +62,6 @@ def _counted(rows): # with a bar where there is a terminal
     return tqdm(rows, unit=" rows", disable=None, leave=False)
 
 # %% ../../nbs/reference/program/data.ipynb #d722e334
-_PLACEHOLDER = re.compile(r"\{\{[^{}\n]{1,60}\}\}")
 _FIELDS = {name for known in FORMATS.values() for name in known.fields + known.optional}
 _FEW = 3 # that are shown of many alike
 
@@ -72,31 +72,6 @@ def _tokenizer(model:str): # without its weights
     where = find(PRESETS[model].model if model in PRESETS else model)
     with in_one_line(where):
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-
-def _control_tokens(tokenizer) -> re.Pattern: # finds one of them in a text
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    tokens = {token for token in [*tokenizer.all_special_tokens, *added] if token.strip()}
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
-
-def _strings(row:dict, fields:set) -> Iterator[tuple]: # (where, text) of each string in a row
-    waiting = deque((name, value) for name, value in row.items() if name in fields)
-    while waiting:
-        at, value = waiting.popleft()
-        if isinstance(value, str):
-            yield at, value
-        elif isinstance(value, dict):
-            waiting.extend((f"{at}.{name}", part) for name, part in value.items())
-        elif isinstance(value, list):
-            waiting.extend((f"{at}[{i}]", part) for i, part in enumerate(value))
-
-def _remarks(row:dict, fields:set, control:re.Pattern) -> Iterator[tuple]: # (of what kind, text)
-    for at, text in _strings(row, fields):
-        if control and (found := control.search(text)):
-            yield "control tokens", (f"field {at!r} has {found[0]!r}, which is one of this model's "
-                                     "control tokens; it is trained on as plain text")
-        if found := _PLACEHOLDER.search(text):
-            yield "placeholders", (f"field {at!r} has {found[0]!r}, which looks like a placeholder "
-                                   "that was never filled in; it is trained on as it is")
 
 # %% ../../nbs/reference/program/data.ipynb #27acce38
 def _kind(problem) -> tuple: # of a problem, without what differs from row to row
@@ -130,7 +105,7 @@ class _Check:
             print(f"{self.file}: {record.place}: {shown(str(problem))}")
         if record.problems:
             return
-        for kind, text in _remarks(record.source, self.fields, self.control):
+        for kind, text in remarks(record.source, self.fields, self.control):
             self.warned[kind] += 1
             if self.warned[kind] <= _FEW:
                 print(f"warning: {self.file}: {record.place}: {shown(text)}")
@@ -170,7 +145,7 @@ def check_command(
     about rows that can be used."""
     columns = columns_of(prompt_column, completion_column)
     fields = _FIELDS | {"input", "tools", *(columns or {}).values()}
-    control = None if model is None else _control_tokens(_tokenizer(model))
+    control = None if model is None else control_tokens(_tokenizer(model))
     check = _Check(file, fields, control)
     for record in _counted(scan(file, columns)):
         check.add(record)

@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 
 from ..errors import MemoryEstimateError, ModelError
-from ..guards.memory import check_trainable, in_four_bits, is_counted
-from ..memory import ATTENTIONS, CONFIGS, OPTIMIZERS, PRECISIONS, estimate, max_that_fits
+from ..guards.memory import CONFIGS, check_trainable, in_four_bits, is_counted
+from ..memory import ATTENTIONS, OPTIMIZERS, PRECISIONS, estimate, max_that_fits
 from ..models import PRESETS, find
 from .app import Method, app, choices, examples, say
 
@@ -57,6 +57,13 @@ def _size_of_card(card:float | None):
     if card is not None and card != card: # NaN is in no range and outside of none
         raise typer.BadParameter("nan is not a size")
     return card
+
+def _in_context(tokens:int, model) -> str: # no more than the model takes, as `sftlab train` asks
+    text = None if isinstance(model, str) else model.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or tokens
+    if tokens <= positions:
+        return f"{tokens:,} tokens at most"
+    return f"{positions:,} tokens at most, the model's context"
 
 @app.command("memory", epilog=examples(
     "sftlab memory llama-2-7b --method qlora --card 16",
@@ -107,4 +114,4 @@ def memory_command(
     verdict = "fits" if rows >= batch else "does not fit"
     say("card", f"{card:g} GB, of which a tenth is left free: this run {verdict}; "
                  f"rows of {length:,} tokens: {rows:,} at most; "
-                 f"{batch:,} row{'s' * (batch > 1)} at a time: {tokens:,} tokens at most")
+                 f"{batch:,} row{'s' * (batch > 1)} at a time: {_in_context(tokens, model)}")

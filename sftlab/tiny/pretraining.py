@@ -310,6 +310,7 @@ def tuned_figures(
     method:str="full", # "full", "lora", or "nf4": LoRA on weights in four bits
     rows:int=1000, # examples to train on
     learning_rate:float=None, # by default what `finetune` takes
+    epochs:float=3, # passes over them
     seed:int=0, # of the examples drawn, their order and the adapter
     folder:Path=_SHIPPED, # the base model
 ) -> dict: # figures in %, and the seconds that training took
@@ -321,7 +322,7 @@ def tuned_figures(
         trainer = finetune(
             model, tokenizer, [world.as_messages(e) for e in world.examples("train", rows, seed)],
             Path(scratch) / "tuned", method="full" if method == "full" else "lora",
-            learning_rate=learning_rate, seed=seed)
+            learning_rate=learning_rate, epochs=epochs, seed=seed)
     seconds = round(time.time() - start, 1)
     answered = evaluate(
         trainer.model, tokenizer, items, lambda item: chat_prompt(tokenizer, item["question"]))
