@@ -236,7 +236,7 @@ def _count(model, run): # the same, counted
 def max_that_fits(
     model, # a name in `CONFIGS`, a transformers config, or a model
     method:str, # "full", "lora" or "qlora"
-    card_gb:float, # what is written on the card; it means GiB
+    card_gb:float, # what `nvidia-smi` shows, in GiB
     *,
     batch:int=None, length:int=None, # give one: the other is looked for
     spare:float=SPARE, # share of the card to leave free for what is not counted
