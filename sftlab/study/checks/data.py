@@ -269,8 +269,10 @@ def _(text): return _jsonl(text, split=str.splitlines)
     "the first bad line ends your function with an error. Catch it, `except "
     "json.JSONDecodeError`, and note the line.")
 def _(text):
-    values = [json.loads(line) for line in _lines(text) if line.strip()]
-    return values and _jsonl(text)
+    for line in _lines(text):
+        if line.strip():
+            json.loads(line)
+    return _jsonl(text)
 
 @q2.mistake("gives the lines themselves",
     "you return the bad lines' text; their numbers are wanted, so that one can go there.")
@@ -705,7 +707,9 @@ def _(messages):
 @q5.mistake("a question at the end is lost",
     "a question at the end, without an answer, disappears in silence. Raise a ValueError.")
 def _(messages):
-    def fits(roles): return len(roles) > 1 and _in_turn(roles[:len(roles) // 2 * 2])
+    def fits(roles):
+        alone = len(roles) > 1 and roles[-1] == "user"
+        return _fits(roles[:-1] if alone else roles)
     return _alpaca(messages, fits=fits)
 
 @q5.mistake("roles are not looked at",

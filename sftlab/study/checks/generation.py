@@ -54,22 +54,29 @@ def _(rng):
 @q1.mistake("temperature after softmax",
     "the temperature comes too late: dividing probabilities only makes them not add up to 1 (or, "
     "made to add up again, changes nothing). Divide the logits.")
-def _(logits, temperature): return logits.softmax(-1) / temperature
+def _(logits, temperature):
+    zero = temperature == 0
+    return q1.solve(logits, 0.0) if zero else logits.softmax(-1) / temperature
 
 @q1.mistake("temperature without effect",
     "the temperature has no effect on your result. Divided out of every probability of a row, it "
     "falls out again: divide the logits.")
-def _(logits, temperature): return logits.softmax(-1)
+def _(logits, temperature):
+    return q1.solve(logits, 0.0) if temperature == 0 else logits.softmax(-1)
 
 @q1.mistake("power of the wrong sign",
     "a high temperature must make the probabilities more equal, and yours does the opposite: "
     "divide by it, do not multiply.")
-def _(logits, temperature): return (logits * temperature).softmax(-1)
+def _(logits, temperature):
+    zero = temperature == 0
+    return q1.solve(logits, 0.0) if zero else (logits * temperature).softmax(-1)
 
 @q1.mistake("softmax over the batch",
     "your columns add up to 1, where the rows should: each row is one text. The vocabulary is the "
     "last dimension, -1.")
-def _(logits, temperature): return (logits / temperature).softmax(0)
+def _(logits, temperature):
+    zero = temperature == 0
+    return q1.solve(logits, 0.0) if zero else (logits / temperature).softmax(0)
 
 @q1.mistake("NaN at temperature 0",
     "at temperature 0 you divide by zero, and infinity minus infinity is not a number. The limit "
@@ -293,6 +300,15 @@ def _loop(next_logits, prompt, stops, limit,
 @q3.mistake("never stops",
     "the loop goes on to the limit although a stop sequence was written. Look after every token.")
 def _(*args): return _loop(*args, ends=lambda *_: False)
+
+@q3.mistake("looks when all is written",
+    "you write up to the limit and look for a stop sequence afterwards. Look after every token: "
+    "a model that goes on costs time, and may fail.")
+def _(*args):
+    ids, reason = _loop(*args, ends=lambda *_: False)
+    stops = [(ids.index(stop[0]), stop) for stop in args[2] if stop and stop[0] in ids]
+    found = [at for at, stop in stops if ids[at:at + len(stop)] == list(stop)]
+    return (ids[:min(found)], "stop") if found else (ids, reason)
 
 @q3.mistake("keeps the stop sequence",
     "the stop sequence is still there at the end of your result; it is a sign for us and no part "
