@@ -112,7 +112,7 @@ def imported_by(notebook):
     cells = json.loads(notebook.read_text("utf-8"))["cells"]
     names = []
     for source in ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]:
-        plain = re.sub(r"^\s*[%!].*", "", source, flags=re.MULTILINE)
+        plain = re.sub(r"^\s*[%!](?!=).*", "", source, flags=re.MULTILINE)
         for node in ast.walk(ast.parse(plain)):
             if isinstance(node, ast.Import):
                 names += [alias.name for alias in node.names]
