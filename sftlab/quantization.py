@@ -38,7 +38,7 @@ def dequantize_int8(codes, absmax): # float32
 # %% ../nbs/08_qlora.ipynb #69c58122
 def nf4_values(): # 16 values from -1 to 1, float32
     "The values of 4-bit NormalFloat (Dettmers et al. 2023, section 3), from normal quantiles."
-    end = 0.9677083 # as published: the mean of 1 - 1/30 and 1 - 1/32, with seven digits
+    end = 0.9677083 # as published: half a step from the end for 15 and for 16 values, averaged
     def half(n):
         shares = torch.linspace(end, 0.5, n + 1)[:-1].tolist()
         return [NormalDist().inv_cdf(share) for share in shares]

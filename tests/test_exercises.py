@@ -940,10 +940,10 @@ def test_input_is_told_and_exits_are_survived(folder):
 
 def test_a_warning_is_shown_once(capsys):
     def warns(values):
-        print("careful", file=sys.stderr)
+        print("/tmp/ipykernel_12/345.py:2: careful", file=sys.stderr)
         return right(values)
     assert found(double(), warns) == "right"
-    assert capsys.readouterr().err == "careful\n"
+    assert capsys.readouterr().err == "your cell:2: careful\n"
 
 
 def test_what_is_right_is_worked_out_before_the_answer_runs(monkeypatch):

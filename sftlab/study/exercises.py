@@ -235,7 +235,8 @@ def outcomes(
         finally: # also where Ctrl-C ended the waiting
             if len(found) < len(inputs):
                 _end(thread)
-    for line in dict.fromkeys(warned.getvalue().splitlines()): # each once
+    cell = re.sub(r"\S*ipykernel_\S*\.py", "your cell", warned.getvalue())
+    for line in dict.fromkeys(cell.splitlines()): # each once
         print(line, file=sys.stderr)
     return found, printed.getvalue()
 
