@@ -258,7 +258,7 @@ def test_the_peak_in_a_layer_and_at_the_embedding(method, precision, tied):
         config = LlamaConfig(**SMALL | numbers | dict(num_hidden_layers=3, num_attention_heads=8,
                                                       tie_word_embeddings=tied))
         found = compare(config, 1, tokens, method, precision=precision)
-        assert abs(found["off"]) < 0.08, (numbers, found)
+        assert abs(found["off"]) < 0.04, (numbers, found)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -268,7 +268,7 @@ def test_the_peak_with_eager_attention(method, precision):
     for checkpointing in (False, True):
         found = compare(config, 1, 1024, method, precision=precision, attention="eager",
                         checkpointing=checkpointing)
-        assert abs(found["off"]) < 0.08, found
+        assert abs(found["off"]) < 0.04, found
 
 
 @pytest.mark.parametrize("model, method, batch, length, more", [
@@ -283,19 +283,19 @@ def test_the_peak_where_it_was_off_by_five_to_eight_percent(model, method, batch
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_meter_sees_what_the_profiler_sees(tied):
-    "A tied table is the place where PyTorch adds gradients in place, if nobody watches."
+    "Also of a tied table: the head's gradient, the embedding's, and their sum, in a third tensor."
     numbers = dict(vocab_size=6000, hidden_size=64, intermediate_size=128)
     config = LlamaConfig(**SMALL | numbers | dict(tie_word_embeddings=tied))
     model = random_model(config, "full", "fp32", device="cpu")
 
     def step():
-        model.zero_grad() # as the estimate has it: no gradients are left from the step before
         forward_loss(model, 1, 16).backward()
 
-    step()
     with meter() as used:
         step()
-    assert used.peak == pytest.approx(allocated_peak(step), rel=0.02)
+    model.zero_grad()
+    assert used.peak == allocated_peak(step)
+    assert (used.peak > 3 * 4 * 6000 * 64) == tied
 
 
 @pytest.mark.parametrize("precision", ["bf16", "mixed"])

@@ -30,9 +30,6 @@ from ..memory import estimate, model_dims
 def _storages(tree): # of all tensors in it
     return [t.untyped_storage() for t in tree_leaves(tree) if hasattr(t, "untyped_storage")]
 
-def _in_backward(): # where no operation is recorded, and one is being taken back
-    return not torch.is_grad_enabled() and torch._C._current_autograd_node() is not None
-
 class _Meter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -50,8 +47,6 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         before = {storage._cdata for storage in _storages((args, kwargs))}
-        if operation is torch.ops.aten.add.Tensor and _in_backward():
-            self.forget(args[0].untyped_storage()._cdata)
         made = operation(*args, **(kwargs or {}))
         for storage in _storages(made):
             if storage._cdata not in before:

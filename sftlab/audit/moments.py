@@ -104,7 +104,7 @@ def step_moments(
     return {
         "loss": _terms(run, layer, end, *_at_the_loss(run)),
         "layer's backward pass": _terms(run, layer, 0, copies, back=back),
-        "embedding's backward pass": _terms(run, 0, 0, back=table + tied + full * entering)}
+        "embedding's backward pass": _terms(run, 0, 0, back=table + 2 * tied + full * entering)}
 
 def _terms(run, layer, end, copies=0, logits=0, back=0): # name -> (bytes, how they come about)
     layers, vocab = run.c["num_hidden_layers"], run.c["vocab_size"]
