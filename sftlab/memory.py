@@ -76,7 +76,7 @@ def optimizer_bytes(
     width:int, # bytes of a number of a trained parameter
     optimizer:str="adamw", # one of `OPTIMIZERS`
 ) -> int:
-    "What an optimiser keeps between two steps."
+    "What an optimizer keeps between two steps."
     if optimizer == "adamw":
         return sum(2 * width * n + 4 for n in sizes) # and a counter of steps
     if optimizer == "adamw_8bit":
@@ -182,7 +182,7 @@ def _fixed_terms(run, sizes, trained, optimizer): # name -> (bytes, how they com
         "4-bit constants": (constants, "a byte for 64 weights, and 4 bytes for 256 of those"),
         "adapters": (0 if run.full else width * n, f"{product} (r = {run.r})"),
         "gradients": (width * n, product),
-        "optimiser": (optimizer_bytes(trained, width, optimizer), f"{optimizer}, {n:,} numbers")}
+        "optimizer": (optimizer_bytes(trained, width, optimizer), f"{optimizer}, {n:,} numbers")}
 
 def _in_words(model, run): # what is run
     name = model if isinstance(model, str) else getattr(model, "config", model).model_type

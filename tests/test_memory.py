@@ -1,4 +1,4 @@
-"""The memory estimate: counts and bytes against models, hooks, optimisers and a meter; what fits,
+"""The memory estimate: counts and bytes against models, hooks, optimizers and a meter; what fits,
 and the one message where nothing does."""
 
 import inspect
@@ -471,7 +471,7 @@ def counted(kind):
 
 def above(e):
     "Bytes that are not there before a step."
-    return e.total - sum(e.terms[name] for name in ("weights", "adapters", "optimiser"))
+    return e.total - sum(e.terms[name] for name in ("weights", "adapters", "optimizer"))
 
 
 def test_every_counted_kind_is_tested():
@@ -519,7 +519,7 @@ def test_the_count_agrees_with_the_formula(monkeypatch, method, attention, check
     assert count.total == pytest.approx(formula.total, rel=0.05)
     assert set(count.terms) == set(formula.terms) == set(count.formulas)
     assert count.peak == formula.peak
-    for name in ("weights", "4-bit constants", "adapters", "gradients", "optimiser"):
+    for name in ("weights", "4-bit constants", "adapters", "gradients", "optimizer"):
         assert count.terms[name] == formula.terms[name]
     assert "counted" in count.formulas["activations"]
 
@@ -568,7 +568,7 @@ SAYS = [
         dict(length=512),
         "weights alone are .*what would help",
     ),
-    (max_that_fits, (SEVEN, "full", 80), dict(batch=1), "optimiser .*LoRA or QLoRA"),
+    (max_that_fits, (SEVEN, "full", 80), dict(batch=1), "optimizer .*LoRA or QLoRA"),
     (max_that_fits, (SEVEN, "lora", 24), {}, "either batch or length"),
     (max_that_fits, (SEVEN, "lora", 24), dict(batch=1, length=1), "either batch or length"),
     (max_that_fits, (SEVEN, "lora", -1), dict(batch=1), "more than 0 GB"),

@@ -112,7 +112,7 @@ def quiet_train(model, rows, s, **more): return train(model, rows, s, disable_tq
 # --- equal to the Trainer
 
 def recorded(run):
-    "What `run` returns, and the clipped gradients before each optimiser step."
+    "What `run` returns, and the clipped gradients before each optimizer step."
     gradients = []
     def take_down(opt, *_):
         gradients.append([p.grad.clone() for g in opt.param_groups for p in g["params"]])

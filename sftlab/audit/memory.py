@@ -289,10 +289,10 @@ def compare(
     **more, # see `estimate`; of what `random_model` takes
 ) -> dict: # bytes predicted, bytes counted, and how far off the prediction is
     """What `estimate` says against `fake_peak`: gradients, activations and all else that comes and
-    goes, without weights and optimiser; raises a `MemoryEstimateError` as `estimate` does."""
+    goes, without weights and optimizer; raises a `MemoryEstimateError` as `estimate` does."""
     more["checkpointing"] = checkpointing
     e = estimate(model, method, batch, length, **more)
-    still = ("weights", "4-bit constants", "adapters", "optimiser")
+    still = ("weights", "4-bit constants", "adapters", "optimizer")
     predicted = e.total - sum(e.terms[name] for name in still)
     counted = sum(fake_peak(model, batch, length, method, **more))
     return dict(predicted=predicted, counted=counted, off=predicted / counted - 1)
@@ -366,7 +366,7 @@ def timeline(
 def state_bytes(
     optimizer, # of PyTorch or bitsandbytes, after a step
 ) -> int:
-    "What an optimiser keeps."
+    "What an optimizer keeps."
     blocks = {}
     for state in optimizer.state.values():
         for t in state.values():
@@ -399,7 +399,7 @@ def measure(
     trained = [p for p in built.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     forward_loss(built, 1, 8, precision).backward()
-    optimizer.step() # the optimiser's state is there from now on
+    optimizer.step() # the optimizer's state is there from now on
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         forward_loss(built, batch, length, precision).backward()

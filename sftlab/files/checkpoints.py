@@ -46,7 +46,7 @@ def _sums(folder) -> bytes: # as the program sha256sum writes it
     return "".join(lines).encode()
 
 # %% ../../nbs/reference/files/checkpoints.ipynb #ec4691e8
-def _state_tensors(model, optimizer) -> dict: # what the optimiser and the random numbers remember
+def _state_tensors(model, optimizer) -> dict: # what the optimizer and the random numbers remember
     import torch
     tensors = {}
     for i, values in optimizer.state_dict()["state"].items():
@@ -112,7 +112,7 @@ def check_checkpoint(
 
 # %% ../../nbs/reference/files/checkpoints.ipynb #1402258a
 def _restore(optimizer, tensors):
-    "Fill a fresh optimiser with what another one remembered."
+    "Fill a fresh optimizer with what another one remembered."
     filled = optimizer.state_dict()
     for key, tensor in tensors.items():
         i, name = key.split(".")

@@ -118,7 +118,7 @@ def next_token_loss(
         model(input_ids=rows, use_cache=False).logits.flatten(0, 1), labels.flatten())
 
 def optimizers(model, lr:float) -> list: # Muon for the matrices, AdamW for the rest
-    "The two optimisers."
+    "The two optimizers."
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.05, momentum=0.95,
@@ -169,7 +169,7 @@ def pretrain(
     model, # from `new_model`; trained in place
     tokens:np.ndarray, # token ids in one line
     folder:Path, # where checkpoints go; a run that finds one there goes on from it
-    steps:int, # optimiser steps in all
+    steps:int, # optimizer steps in all
     batch:int=8, # rows a step
     length:int=512, # tokens a row
     save_every:int=200, # steps between checkpoints

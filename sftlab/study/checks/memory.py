@@ -84,7 +84,7 @@ def _(parameters): return _held(parameters, state=lambda p: p["trained"] * _byte
 
 # %% ../../../exercises/solutions/06_memory.ipynb #fe91cdaa
 @q1.mistake("the weight is counted as a state",
-    "your optimiser has three numbers for each trained weight. AdamW keeps two; the weight itself "
+    "your optimizer has three numbers for each trained weight. AdamW keeps two; the weight itself "
     "is counted under `weights`.")
 def _(parameters): return _held(parameters, state=lambda p: 3 * p["trained"] * _bytes(p))
 
@@ -109,7 +109,7 @@ def _(parameters): return _held([dict(p, dtype="float16") for p in parameters])
 def _(parameters): return _held(parameters, gradient=lambda p: p["trained"] * 2 * _numbers(p))
 
 @q1.mistake("8 bytes for means in 16 bits",
-    "your optimiser takes 8 bytes for each 16-bit weight: means in float32, or a float32 copy of "
+    "your optimizer takes 8 bytes for each 16-bit weight: means in float32, or a float32 copy of "
     "the weight besides. Some trainers keep these; PyTorch's plain AdamW makes its means like the "
     "weight, and nothing else (which saves memory, and loses small changes).")
 def _(parameters): return _held(parameters, state=lambda p: p["trained"] * 8 * _numbers(p))
@@ -436,7 +436,7 @@ def _(lengths, size, *rest):
 def _(*args): return _first(*args, none=-1)
 
 @q3.mistake("only the batch counts",
-    "you leave `fixed` out. Weights, gradients and optimiser are on the card all the time.")
+    "you leave `fixed` out. Weights, gradients and optimizer are on the card all the time.")
 def _(lengths, size, fixed, *rest): return _first(lengths, size, 0, *rest)
 
 # %% ../../../exercises/solutions/06_memory.ipynb #4dee6823

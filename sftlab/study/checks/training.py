@@ -535,7 +535,7 @@ def _(*args): return _loop(*args, clear="never")
 def _(*args): return _loop(*args, clear="row")
 
 @q4.mistake("clips too late",
-    "you clip after the optimiser has used the gradients, which does nothing. Clip before "
+    "you clip after the optimizer has used the gradients, which does nothing. Clip before "
     "the step.")
 def _(*args): return _loop(*args, clip="late")
 
