@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['learning_curve', 'good_file', 'short_pretraining', 'plain_text', 'base_loss', 'loss_mask', 'lora_full', 'lora_rank',
-           'lora_targets', 'lora_variants']
+           'lora_targets', 'lora_variants', 'merges']
 
 # %% ../../nbs/reference/study/sweeps.ipynb #5b2e00a7
 import tempfile
@@ -21,7 +21,7 @@ _TINY = tuple(f"assets/tiny/{name}" for name in (
     "config.json", "generation_config.json", "model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
 
-# %% ../../nbs/reference/study/sweeps.ipynb #91e77d19
+# %% ../../nbs/reference/study/sweeps.ipynb #3d6cb12c
 def _after_tuning(**settings):
     "Figures in % on the course's test set, after fine-tuning the tiny model."
     from sftlab.tiny.pretraining import tuned_figures
@@ -38,7 +38,6 @@ def learning_curve(rows:int, epochs:int, seed:int) -> dict:
 
     And seen so often that the steps are as many as with 1,000 rows, about 375."""
     return _after_tuning(rows=rows, epochs=epochs, seed=seed)
-
 
 # %% ../../nbs/reference/study/sweeps.ipynb #8b53c400
 _FLAWS = ("none", "form", "wrong", "cut", "repeated")
@@ -205,7 +204,7 @@ def _lora_run(
     figures = dict(loss=float(history.loss[-20:].mean()), base_loss=base_loss(model, tokenizer))
     return rates(answered) | figures | dict(trained=trainable(model).trained)
 
-# %% ../../nbs/reference/study/sweeps.ipynb #3d686b4c
+# %% ../../nbs/reference/study/sweeps.ipynb #cebccf88
 _GRID = [1e-2 / 2**k for k in range(5, -2, -1)] # 0.0003 to 0.02, each twice the one before
 _SIZES = [dict(method=method, rows=rows, learning_rate=rate) for rows in (100, 300, 1000)
           for method, rates in (("full", _GRID[:5]), ("lora", _GRID[2:])) for rate in rates]
@@ -246,3 +245,50 @@ def lora_variants(method:str, r:int, learning_rate:float, seed:int) -> dict:
     "DoRA with r = 8 and rsLoRA with r = 32, both with alpha = 16, on 300 rows."
     return _lora_run(seed, r=r, alpha=16, learning_rate=learning_rate, method=method)
 
+# %% ../../nbs/reference/study/sweeps.ipynb #0a2725cd
+def _merged(model, plain, merge): # a copy of `plain` with the update of each of `model`'s adapters
+    import copy
+    from sftlab.lora import adapters, delta_weight
+    whole = copy.deepcopy(plain)
+    for name, m in adapters(model).items():
+        weight = whole.get_submodule(name).weight
+        weight.data = merge(weight.data, m.base.dequantize(), delta_weight(m).detach())
+    return whole
+
+_BITS = [dict(four_bits=four_bits, learning_rate=rate)
+         for four_bits in (False, True) for rate in _GRID[3:6]]
+
+@experiment("08_merges", _BITS, seeds=(0, 1, 2, 3, 4), files=(*_TINY, *_TEXTS))
+def merges(four_bits:bool, learning_rate:float, seed:int) -> dict:
+    "LoRA or QLoRA with r = 8 on 300 rows: exact match in %, and that after each kind of merge."
+    import copy
+    import torch
+    from sftlab.generation import evaluate
+    from sftlab.lora import inject
+    from sftlab.masking import encode_rows
+    from sftlab.models import load
+    from sftlab.quantization import dequantize, quantize, quantize_model
+    from sftlab.tiny.pretraining import chat_prompt, rates
+    from sftlab.tiny.world import as_messages, examples, test_set
+    from sftlab.training import PADDING_FREE, TrainingConfig, train
+    plain, tokenizer = load("tiny")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", tokenizer.eos_token)
+    model = copy.deepcopy(plain)
+    if four_bits:
+        quantize_model(model)
+    torch.manual_seed(seed)
+    inject(model, r=8, lora_alpha=16)
+    encoded = encode_rows(tokenizer, [as_messages(e) for e in examples("train", 300, seed)])
+    settings = TrainingConfig(learning_rate=learning_rate, seed=seed)
+    train(model, encoded, settings, disable_tqdm=True, **PADDING_FREE)
+    def prompt(item): return chat_prompt(tokenizer, item["question"])
+    def exact(m): return rates(evaluate(m, tokenizer, test_set(), prompt))["exact"]
+    figures = dict(exact=exact(model))
+    if four_bits:
+        def again(_, rounded, update):
+            return dequantize(quantize(rounded + update, double_quant=True))
+        def original(weight, _, update): return weight + update
+        def dequantized(_, rounded, update): return (rounded + update).bfloat16().float()
+        for merge in (again, original, dequantized):
+            figures[merge.__name__] = exact(_merged(model, plain, merge))
+    return figures
