@@ -137,7 +137,7 @@ def base_loss(
     with torch.no_grad():
         return next_token_loss(model, plain_text(tokenizer)).item()
 
-# %% ../../nbs/reference/study/sweeps.ipynb #d7e5b72c
+# %% ../../nbs/reference/study/sweeps.ipynb #e9dddf0f
 def _after_page(items, page, seed): # the questions, each after so many characters of another text
     from sftlab.tiny import texts
     made = []
@@ -148,7 +148,8 @@ def _after_page(items, page, seed): # the questions, each after so many characte
 
 _MASKS = [dict(learn="answers, no stop token", page=0, learning_rate=3e-4)]
 _MASKS += [dict(learn=learn, page=page, learning_rate=rate) for page in (0, 100)
-           for learn in ("answers", "everything") for rate in (1e-4, 3e-4, 1e-3, 3e-3)]
+           for learn in ("answers", "everything")
+           for rate in (1e-4, 3e-4, 6e-4, 1e-3, 1.8e-3, 3e-3)]
 
 @experiment("04_masking", _MASKS, files=(*_TINY, *_TEXTS))
 def loss_mask(learn:str, page:int, learning_rate:float, seed:int) -> dict:
