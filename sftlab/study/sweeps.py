@@ -246,7 +246,7 @@ def lora_variants(method:str, r:int, learning_rate:float, seed:int) -> dict:
     "DoRA with r = 8 and rsLoRA with r = 32, both with alpha = 16, on 300 rows."
     return _lora_run(seed, r=r, alpha=16, learning_rate=learning_rate, method=method)
 
-# %% ../../nbs/reference/study/sweeps.ipynb #0a2725cd
+# %% ../../nbs/reference/study/sweeps.ipynb #5b98879f
 def _merged(model, plain, merge): # a copy of `plain` with the update of each of `model`'s adapters
     import copy
     from sftlab.lora import adapters, delta_weight
@@ -286,10 +286,12 @@ def merges(four_bits:bool, learning_rate:float, seed:int) -> dict:
     def exact(m): return rates(evaluate(m, tokenizer, test_set(), prompt))["exact"]
     figures = dict(exact=exact(model))
     if four_bits:
-        def again(_, rounded, update):
-            return dequantize(quantize(rounded + update, double_quant=True))
-        def original(weight, _, update): return weight + update
-        def dequantized(_, rounded, update): return (rounded + update).bfloat16().float()
-        for merge in (again, original, dequantized):
+        def stored(weight): return weight.bfloat16().float()
+        def four(weight): return dequantize(quantize(weight, double_quant=True))
+        def again(_, rounded, update): return four(rounded + update)
+        def original(weight, _, update): return stored(weight + update)
+        def original_again(weight, _, update): return four(weight + update)
+        def dequantized(_, rounded, update): return stored(rounded + update)
+        for merge in (again, original, original_again, dequantized):
             figures[merge.__name__] = exact(_merged(model, plain, merge))
     return figures
