@@ -246,7 +246,7 @@ def lora_variants(method:str, r:int, learning_rate:float, seed:int) -> dict:
     "DoRA with r = 8 and rsLoRA with r = 32, both with alpha = 16, on 300 rows."
     return _lora_run(seed, r=r, alpha=16, learning_rate=learning_rate, method=method)
 
-# %% ../../nbs/reference/study/sweeps.ipynb #5b98879f
+# %% ../../nbs/reference/study/sweeps.ipynb #48c3984c
 def _merged(model, plain, merge): # a copy of `plain` with the update of each of `model`'s adapters
     import copy
     from sftlab.lora import adapters, delta_weight
@@ -256,8 +256,17 @@ def _merged(model, plain, merge): # a copy of `plain` with the update of each of
         weight.data = merge(weight.data, m.base.dequantize(), delta_weight(m).detach())
     return whole
 
+def _survives(model, merge): # of the update, in %: the change that is left, along the update
+    from sftlab.lora import adapters, delta_weight
+    left = full = 0.0
+    for m in adapters(model).values():
+        rounded, update = m.base.dequantize(), delta_weight(m).detach()
+        left += ((merge(None, rounded, update) - rounded) * update).sum().item()
+        full += update.square().sum().item()
+    return 100 * left / full
+
 _BITS = [dict(four_bits=four_bits, learning_rate=rate)
-         for four_bits in (False, True) for rate in _GRID[3:6]]
+         for four_bits in (False, True) for rate in _GRID[2:6]]
 
 @experiment("08_merges", _BITS, seeds=(0, 1, 2, 3, 4), files=(*_TINY, *_TEXTS))
 def merges(four_bits:bool, learning_rate:float, seed:int) -> dict:
@@ -286,12 +295,12 @@ def merges(four_bits:bool, learning_rate:float, seed:int) -> dict:
     def exact(m): return rates(evaluate(m, tokenizer, test_set(), prompt))["exact"]
     figures = dict(exact=exact(model))
     if four_bits:
-        def stored(weight): return weight.bfloat16().float()
         def four(weight): return dequantize(quantize(weight, double_quant=True))
         def again(_, rounded, update): return four(rounded + update)
-        def original(weight, _, update): return stored(weight + update)
+        def original(weight, _, update): return (weight + update).bfloat16().float()
         def original_again(weight, _, update): return four(weight + update)
-        def dequantized(_, rounded, update): return stored(rounded + update)
+        def dequantized(_, rounded, update): return (rounded + update).bfloat16().float()
         for merge in (again, original, original_again, dequantized):
             figures[merge.__name__] = exact(_merged(model, plain, merge))
+        figures["survives"] = _survives(model, again)
     return figures
