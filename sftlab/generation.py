@@ -33,7 +33,7 @@ def truncate_at_stop(
     ends = [text.find(stop) for stop in stop_strings if stop in text]
     return text[:min(ends, default=len(text))]
 
-# %% ../nbs/01_base_vs_instruct.ipynb #f5b6f6ed
+# %% ../nbs/01_base_vs_instruct.ipynb #590ab672
 def greedy(
     logits, # scores of the next token, `(vocabulary,)`
 ) -> int: # id of the token chosen
@@ -43,7 +43,7 @@ def greedy(
 def generate_ids(
     model, # it predicts each next token
     ids:list, # token ids of the prompt
-    max_new_tokens:int=64, # when to stop at the latest
+    max_new_tokens:int=64, # the most tokens to write
     stop_ids=(), # tokens that end the text
     sample=greedy, # from logits to the id of the next token
 ) -> tuple: # the new ids, and why they ended: "stop", "length" or "context" (the model is full)
@@ -104,14 +104,14 @@ def sampler(
         return int(torch.multinomial(probabilities, 1, generator=dice))
     return sample
 
-# %% ../nbs/01_base_vs_instruct.ipynb #ec1a2864
+# %% ../nbs/01_base_vs_instruct.ipynb #45f5c41a
 def _room(model, length, max_new_tokens): # how many tokens may be written
     return min(max_new_tokens, (max_positions(model) or math.inf) - length)
 
 def stream_ids(
     model, # it predicts each next token
     ids:list, # token ids of the prompt
-    max_new_tokens:int=64, # when to stop at the latest
+    max_new_tokens:int=64, # the most tokens to write
     stop_ids=(), # tokens that end the text; the one met is not returned
     sample=greedy, # from logits to the id of the next token
 ): # the new ids, each as soon as it is chosen
@@ -120,7 +120,8 @@ def stream_ids(
     for _ in range(_room(model, len(ids), max_new_tokens)):
         with torch.no_grad():
             out = model(input_ids=torch.tensor([fed], device=model.device), use_cache=True, **cache)
-        cache = {k: out[k] for k in ("past_key_values", "cache_params") if k in out} # or Mamba's
+        # what the model wants back at the next step; Mamba has another name for it
+        cache = {k: out[k] for k in ("past_key_values", "cache_params") if k in out}
         token = sample(out.logits[0, -1])
         if token in stop_ids:
             return
@@ -128,11 +129,11 @@ def stream_ids(
         text.append(token)
         fed = [token] if cache else text # a few models have none: the whole text again
 
-# %% ../nbs/01_base_vs_instruct.ipynb #733a515c
+# %% ../nbs/01_base_vs_instruct.ipynb #217ca902
 def stream(
     model, tokenizer,
     prompt_ids:list, # token ids of the prompt, as `sftlab.rendering.prompt_ids` returns them
-    max_new_tokens:int=256, # when to stop at the latest
+    max_new_tokens:int=256, # the most tokens to write
     stop_ids=None, # by default `stop_token_ids`
     temperature:float=0.0, # 0 is greedy
     top_k:int=0, top_p:float=1.0, # see `warp_logits`
@@ -151,13 +152,13 @@ def stream(
     if shown < len(text := tokenizer.decode(new)):
         yield text[shown:]
 
-# %% ../nbs/01_base_vs_instruct.ipynb #e1946bc3
+# %% ../nbs/01_base_vs_instruct.ipynb #fcd70a39
 @dataclass
 class Completion:
     "What a model wrote, and why it ended."
     text:str # without the stop token
     ids:list # token ids, the stop token included
-    reason:str # "stop" or "length"
+    reason:str # "stop" or "length" (also where the context is full)
 
 def _left_padded(rows, pad, device): # ids and attention mask, both (rows, longest)
     width = max(map(len, rows))
@@ -192,14 +193,14 @@ def _completion(tokenizer, tokens, stopped):
     text = tokenizer.decode(tokens[:-1] if stopped else tokens)
     return Completion(text, tokens, "stop" if stopped else "length")
 
-# %% ../nbs/01_base_vs_instruct.ipynb #complete
+# %% ../nbs/01_base_vs_instruct.ipynb #4a2487ad
 def complete(
     model, tokenizer,
     prompts:list, # strings
-    max_new_tokens:int=48, # when to stop at the latest
+    max_new_tokens:int=48, # the most tokens to write
     stop_ids=None, # by default `stop_token_ids`
-    batch_size:int=64, # prompts at a time; changes the result at most by rounding
-) -> list: # a `Completion` a prompt, in the same order
+    batch_size:int=64, # at a time; matters by rounding only, unless the context gets full
+) -> list: # a `Completion` per prompt, in the same order
     "Continue many prompts greedily."
     stop_ids = stop_token_ids(model, tokenizer) if stop_ids is None else stop_ids
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) # little padding
@@ -210,14 +211,14 @@ def complete(
         found |= zip(places, _complete_batch(model, tokenizer, batch, max_new_tokens, stop_ids))
     return [found[i] for i in range(len(prompts))]
 
-# %% ../nbs/01_base_vs_instruct.ipynb #c6765c37
+# %% ../nbs/01_base_vs_instruct.ipynb #beb866db
 def evaluate(
     model, tokenizer,
     items:list, # examples with `kind`, `question`, `answer`
     make_prompt, # from an item to the text that the model is to continue
-    max_new_tokens:int=48, # when to stop at the latest
+    max_new_tokens:int=48, # the most tokens to write
     stop_strings:tuple=(), # cut the output where one of them begins
-) -> list: # a dict an item: the item, `output`, and is it `exact`, `begins` it right, `stopped` it?
+) -> list: # a dict per item: its fields, plus `output`, `exact`, `begins`, `stopped`
     "Let a model answer and compare with the right answers."
     prompts, rows = [make_prompt(item) for item in items], []
     for item, done in zip(items, complete(model, tokenizer, prompts, max_new_tokens)):
