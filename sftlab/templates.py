@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'ALPACA', 'ALPACA_ZH', 'VICUNA', 'Segment', 'chatml', 'llama3', 'Template', 'segments', 'joined_text',
-           'render', 'jinja', 'with_template', 'encode_segments', 'llama2', 'vicuna']
+           'render', 'encode_segments', 'llama2', 'vicuna', 'jinja', 'with_template']
 
 # %% ../nbs/03_chat_templates.ipynb #15e0f57d
 import copy
@@ -56,7 +56,7 @@ def llama3(messages:list, add_generation_prompt:bool=False) -> Iterator[Segment]
     if add_generation_prompt:
         yield _mark("<|start_header_id|>assistant<|end_header_id|>\n\n")
 
-# %% ../nbs/03_chat_templates.ipynb #fd6ab1f0
+# %% ../nbs/03_chat_templates.ipynb #d434e395
 _CHATML = r"""
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\n' }}
@@ -83,7 +83,6 @@ _LLAMA3 = r"""
     {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
 {%- endif %}"""
 
-# %% ../nbs/03_chat_templates.ipynb #494858bb
 @dataclass(frozen=True)
 class Template:
     "A chat template, as a function and in Jinja, with the special tokens that it writes."
@@ -99,6 +98,7 @@ TEMPLATES = dict(
     llama3=Template(llama3, _LLAMA3, "<|eot_id|>", "<|begin_of_text|>",
                     others=("<|start_header_id|>", "<|end_header_id|>"), alternates=False))
 
+# %% ../nbs/03_chat_templates.ipynb #a880d5c5
 def _named(template) -> Template:
     check_choice("template", template, TEMPLATES, TemplateError)
     return TEMPLATES[template]
@@ -122,38 +122,21 @@ def render(
     "A conversation as one text; raises a `TemplateError` as `segments` does."
     return joined_text(segments(messages, template, add_generation_prompt))
 
-def jinja(
-    template:str, # a key of `TEMPLATES`
-) -> str: # for a tokenizer's `chat_template`
-    "The template in Jinja, with generation markers; a `TemplateError` for an unknown name."
-    return _named(template).jinja
-
-def with_template(
-    tokenizer, # stays as it is
-    template:str, # a key of `TEMPLATES`
-): # a copy with this template and its special tokens, missing ones added after the vocabulary
-    "Give a tokenizer another chat template; raises a `TemplateError` for an unknown name."
-    chosen, changed = _named(template), copy.deepcopy(tokenizer)
-    special = {"eos_token": chosen.eos, "extra_special_tokens": list(chosen.others)}
-    if chosen.bos:
-        special["bos_token"] = chosen.bos
-    changed.chat_template = chosen.jinja
-    changed.add_special_tokens(special)
-    return changed
-
-# %% ../nbs/03_chat_templates.ipynb #b41a4dae
+# %% ../nbs/03_chat_templates.ipynb #63dcc001
 def encode_segments(
     tokenizer, # a fast one
     segments:list, # of `Segment`
 ) -> tuple: # token ids of the joined text; for each the index of the segment that it belongs to
     """Encode a layout so that only the template's special tokens are special. A token that holds
     characters of several segments belongs to one that is learned, else to the first."""
+    # a copy with typed characters blanked: special tokens found there are the template's
     hidden = (s.text if s.mark else re.sub(r"\S", "\0", s.text) for s in segments)
+    # (id, first character, end) of each token
     tokens = cut_tokens(tokenizer, text=joined_text(segments), marks="".join(hidden))
     at = [i for i, s in enumerate(segments) for _ in s.text] # the segment of each character
     owners = []
     for _, start, end in tokens:
-        touched = at[start:max(end, start + 1)]
+        touched = at[start:max(end, start + 1)] # at least one character, even for a part of one
         learned = [i for i in touched if segments[i].learned]
         owners.append((learned or touched)[0])
     return [id for id, *_ in tokens], owners
@@ -283,3 +266,23 @@ TEMPLATES |= dict(
     alpaca_zh=Template(_alpaca_like(*ALPACA_ZH), _alpaca_jinja(*ALPACA_ZH), **_LLAMA),
     llama2=Template(llama2, _LLAMA2, **_LLAMA),
     vicuna=Template(vicuna, _VICUNA, **_LLAMA))
+
+# %% ../nbs/03_chat_templates.ipynb #2edbc8af
+def jinja(
+    template:str, # a key of `TEMPLATES`
+) -> str: # for a tokenizer's `chat_template`
+    "The template in Jinja, with generation markers; a `TemplateError` for an unknown name."
+    return _named(template).jinja
+
+def with_template(
+    tokenizer, # stays as it is
+    template:str, # a key of `TEMPLATES`
+): # a copy with this template and its special tokens, missing ones added after the vocabulary
+    "Give a tokenizer another chat template; raises a `TemplateError` for an unknown name."
+    chosen, changed = _named(template), copy.deepcopy(tokenizer)
+    special = {"eos_token": chosen.eos, "extra_special_tokens": list(chosen.others)}
+    if chosen.bos:
+        special["bos_token"] = chosen.bos
+    changed.chat_template = chosen.jinja
+    changed.add_special_tokens(special)
+    return changed

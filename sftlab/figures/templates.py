@@ -42,12 +42,14 @@ def plot_prefix(
     drawn.show(f"Two bars of {given} and {learned} tokens: what is given in training is given "
                "in use; what was learned in training is written in use.")
 
-# %% ../../nbs/reference/figures/templates.ipynb #d4470a72
+# %% ../../nbs/reference/figures/templates.ipynb #a7331d0a
 def plot_parts(
     texts:dict, # name -> a rendered conversation
     parts:dict, # short label -> what to look for in it
+    learned:dict=None, # name -> labels of what the model writes or learns there
 ):
-    "Which parts of a conversation are in each text: an empty dotted box where one is missing."
+    """Which parts of a conversation are in each text: blue what is given, green and hatched what
+    the model writes, an empty dotted box where a part is missing."""
     from matplotlib.patches import Rectangle
     left, width, height = 1.5, 5.4 / len(parts), 0.45
     drawn = Diagram(7, 0.62 * len(texts) + 0.15)
@@ -57,12 +59,16 @@ def plot_parts(
         for i, (label, part) in enumerate(parts.items()):
             x = left + i * width
             if part in text:
-                color = "orange" if "thought" in label else "blue"
-                drawn.box(x, y, width - 0.06, height, label, color)
+                own = label in (learned or {}).get(name, ())
+                drawn.box(x, y, width - 0.06, height, label, "green" if own else "blue",
+                          frozen=own) # this draws the hatching
             else:
                 drawn.ax.add_patch(Rectangle((x, y), width - 0.06, height, fill=False,
                                              edgecolor="#797979", linestyle=":"))
-    missing = {name: [label for label, part in parts.items() if part not in text]
-               for name, text in texts.items()}
-    drawn.show("; ".join(f"{name}: " + (f"without {', '.join(gone)}" if gone else "all parts")
-                         for name, gone in missing.items()))
+    said = []
+    for name, text in texts.items():
+        gone = [label for label, part in parts.items() if part not in text]
+        own = [label for label in (learned or {}).get(name, ()) if label not in gone]
+        said.append(f"{name}: " + (f"without {', '.join(gone)}" if gone else "all parts") +
+                    (f"; the model's: {', '.join(own)}" if own else ""))
+    drawn.show(". ".join(said).replace("\n", " "))
