@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'TEXT', 'DASHES', 'MARKERS', 'HATCHES', 'PAGE', 'luminance', 'contrast', 'figure', 'png', 'image_html',
-           'show', 'log_axis', 'plot_loss', 'LossPlot', 'plot_means', 'plot_bars', 'plot_dataset', 'plot_memory',
-           'bytes_over_time', 'token_strip', 'labels_html', 'panels', 'text_html', 'tokens_html', 'Diagram',
-           'attention_grid']
+           'show', 'log_axis', 'plot_loss', 'LossPlot', 'plot_means', 'plot_bars', 'plot_dataset', 'token_strip',
+           'labels_html', 'panels', 'text_html', 'tokens_html', 'Diagram', 'attention_grid']
 
 # %% ../nbs/reference/plots.ipynb #c8fdc5f6
 import base64
@@ -282,60 +281,6 @@ def plot_dataset(
         title += f";\n{len(table) - len(found):,} nearly repeat another"
     fig.suptitle(title)
     return fig
-
-# %% ../nbs/reference/plots.ipynb #70993b3c
-def plot_memory(
-    estimates, # an `Estimate` of `sftlab.memory`, or a list of them
-    card_gb:float=None, # memory of a card, in GiB as makers count: a line there
-): # a matplotlib figure
-    "Stacked bars, one for each estimate."
-    estimates = list(estimates) if isinstance(estimates, (list, tuple)) else [estimates]
-    fig, ax = figure(6.8, 2.2 + 0.5 * len(estimates))
-    left = [0.0] * len(estimates)
-    for i, name in enumerate(estimates[0].terms):
-        sizes = [e.terms[name] / 1e9 for e in estimates]
-        if any(sizes):
-            ax.barh(range(len(estimates)), sizes, left=left, label=name, **_fill(i))
-        left = [start + size for start, size in zip(left, sizes)]
-    if card_gb:
-        card = f"a card of {card_gb:g} GB"
-        ax.axvline(card_gb * 2**30 / 1e9, color=TEXT, linestyle="--", label=card)
-    _name_bars(ax, [_in_lines(e.run) for e in estimates], "GB at the peak", horizontal=True)
-    fig.legend(loc="outside lower center", ncols=3)
-    return fig
-
-def _in_lines(run:str, width:int=24) -> str: # the parts of a long name, a few a line
-    lines = [""]
-    for part in run.split(", "):
-        if lines[-1] and len(lines[-1]) + len(part) + 2 > width:
-            lines.append("")
-        lines[-1] += f" {part},"
-    return "\n".join(line.strip() for line in lines).removesuffix(",")
-
-# %% ../nbs/reference/plots.ipynb #c1ec8a95
-def bytes_over_time(
-    steps:list, # names of moments, in their order
-    terms:dict, # name -> bytes at each moment
-): # a matplotlib figure
-    "What is in memory at each moment, stacked, with the sum on top."
-    fig, ax = figure(6.5, 3.4)
-    sums = [sum(sizes) for sizes in zip(*terms.values())]
-    unit, size = _unit(max(sums))
-    bottom = [0.0] * len(steps)
-    for i, (name, found) in enumerate(terms.items()):
-        heights = [n / size for n in found]
-        ax.bar(range(len(steps)), heights, 1.0, bottom, label=name, **_fill(i))
-        bottom = [low + height for low, height in zip(bottom, heights)]
-    for place, total in enumerate(bottom):
-        ax.text(place, total, f"{total:.3g}", ha="center", va="bottom", fontsize=9)
-    ax.set_xticks(range(len(steps)), steps)
-    ax.set(ylabel=unit, ylim=(0, 1.1 * max(bottom)))
-    fig.legend(loc="outside lower center", ncols=min(4, len(terms)))
-    return fig
-
-def _unit(size) -> tuple: # the name of a unit that fits, and its bytes
-    units = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
-    return next(((name, n) for name, n in units.items() if size >= n), ("bytes", 1))
 
 # %% ../nbs/reference/plots.ipynb #e5a0f772
 _KINDS = dict( # kind of a piece -> CSS

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'PADDING_FREE', 'padded', 'next_labels', 'count_targets', 'nll_sum', 'decay_groups', 'new_optimizer',
            'add_gradients', 'optimizer_step', 'lr_multiplier', 'warmup_steps', 'TrainingConfig', 'epoch_order',
-           'count_steps', 'effective_batches', 'training_steps', 'Nll', 'evaluate_nll', 'held_out_loss', 'watched',
-           'train', 'target_nll_sum', 'flatten_rows']
+           'count_steps', 'effective_batches', 'training_steps', 'target_nll_sum', 'flatten_rows', 'Nll',
+           'evaluate_nll', 'held_out_loss', 'watched', 'train']
 
-# %% ../nbs/05_full_finetuning.ipynb #0ee0e65e
+# %% ../nbs/05_full_finetuning.ipynb #252292df
 import math
 import random
 from dataclasses import dataclass
@@ -92,7 +92,7 @@ def optimizer_step(
     optimizer.zero_grad()
     return dict(loss=loss, learning_rate=learning_rate, grad_norm=norm.item(), tokens=tokens)
 
-# %% ../nbs/05_full_finetuning.ipynb #c5f05756
+# %% ../nbs/05_full_finetuning.ipynb #cae6ef2f
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 def lr_multiplier(
@@ -101,7 +101,7 @@ def lr_multiplier(
     schedule:str="linear", # one of `SCHEDULES`
     warmup:int=0, # steps of warm-up
 ) -> float: # 0 to 1
-    "What the learning rate is multiplied with at a step."
+    "What the learning rate is multiplied by at a step."
     if schedule != "constant" and step < warmup:
         return step / warmup
     if schedule == "linear":
@@ -134,7 +134,7 @@ class TrainingConfig:
 
     def __post_init__(self): check_training_config(self, SCHEDULES)
 
-# %% ../nbs/05_full_finetuning.ipynb #adb38593
+# %% ../nbs/05_full_finetuning.ipynb #c2ece275
 @lru_cache(maxsize=2)
 def epoch_order(n:int, epoch:int, seed:int=0) -> tuple: # indices
     "The order of `n` rows in an epoch, counted from 0."
@@ -149,7 +149,7 @@ def effective_batches(
     rows:list, settings:TrainingConfig,
     collate=padded, # from rows to a batch
     start:int=0, # steps to leave out
-): # for each step the epoch that it ends in (a fraction on the way), and its batches
+): # yields for each step: the epochs done after it (such as 0.25), and its batches
     "What each step of a run is made of."
     s, n = settings, len(rows)
     size = s.batch_size * s.gradient_accumulation_steps
@@ -162,7 +162,6 @@ def effective_batches(
                    for i in range(0, len(chosen), s.batch_size)]
         yield epoch + (place + 1) / per_epoch, batches
 
-# %% ../nbs/05_full_finetuning.ipynb #bdc9eb31
 def training_steps(
     model, optimizer, # changed in place
     rows:list, settings:TrainingConfig,
@@ -179,6 +178,34 @@ def training_steps(
         figures = step_fn(model, optimizer, batches, rate, s.max_grad_norm, loss_fn)
         yield dict(step=step, epoch=epoch, **figures)
     model.eval()
+
+# %% ../nbs/05_full_finetuning.ipynb #e39020be
+def target_nll_sum(
+    model, # a causal language model
+    batch:dict, # as `padded` or `flatten_rows` makes it
+): # nats, a tensor
+    "What `nll_sum` computes, with logits only where a token is learned."
+    labels = next_labels(batch)
+    learned = labels != -100
+    def only_learned(head, hidden): return (hidden[0][learned],) # what the head gets
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    with model.get_output_embeddings().register_forward_pre_hook(only_learned):
+        logits = model(**inputs, use_cache=False).logits.float() # (targets, vocabulary)
+    return F.cross_entropy(logits, labels[learned], reduction="sum")
+
+def flatten_rows(
+    rows:list, # of dicts with `input_ids` and `labels`
+) -> dict: # tensors `input_ids`, `labels`, `position_ids`, each (1, length of all rows)
+    "Rows as one long row without padding; positions begin anew with each."
+    ids, labels, positions = [], [], []
+    for row in rows:
+        ids += row["input_ids"]
+        labels += [-100, *row["labels"][1:]]
+        positions += range(len(row["input_ids"]))
+    return dict(input_ids=torch.tensor([ids]), labels=torch.tensor([labels]),
+                position_ids=torch.tensor([positions]))
+
+PADDING_FREE = dict(collate=flatten_rows, loss_fn=target_nll_sum) # for `train`, `evaluate_nll`
 
 # %% ../nbs/05_full_finetuning.ipynb #ebcd4bea
 @dataclass(frozen=True)
@@ -263,31 +290,3 @@ def train(
     todo = training_steps(model, optimizer, rows, s, done, collate, in_precision, step_fn)
     bar = tqdm(todo, initial=done, total=steps, unit="step", disable=disable_tqdm)
     return watched(bar, history, [measure, saver, on_step], steps)
-
-# %% ../nbs/05_full_finetuning.ipynb #e39020be
-def target_nll_sum(
-    model, # a causal language model
-    batch:dict, # as `padded` or `flatten_rows` makes it
-): # nats, a tensor
-    "What `nll_sum` computes, with logits only where a token is learned."
-    labels = next_labels(batch)
-    learned = labels != -100
-    def only_learned(head, hidden): return (hidden[0][learned],) # what the head gets
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    with model.get_output_embeddings().register_forward_pre_hook(only_learned):
-        logits = model(**inputs, use_cache=False).logits.float() # (targets, vocabulary)
-    return F.cross_entropy(logits, labels[learned], reduction="sum")
-
-def flatten_rows(
-    rows:list, # of dicts with `input_ids` and `labels`
-) -> dict: # tensors `input_ids`, `labels`, `position_ids`, each (1, length of all rows)
-    "Rows as one long row without padding; positions begin anew with each."
-    ids, labels, positions = [], [], []
-    for row in rows:
-        ids += row["input_ids"]
-        labels += [-100, *row["labels"][1:]]
-        positions += range(len(row["input_ids"]))
-    return dict(input_ids=torch.tensor([ids]), labels=torch.tensor([labels]),
-                position_ids=torch.tensor([positions]))
-
-PADDING_FREE = dict(collate=flatten_rows, loss_fn=target_nll_sum) # for `train`, `evaluate_nll`

@@ -42,7 +42,7 @@ from sftlab.audit.memory import (
 )
 from sftlab.audit.moments import autocast_copies, layer_activations, step_moments
 from sftlab.errors import MemoryEstimateError
-from sftlab.figures.memory import explore
+from sftlab.figures.memory import explore, plot_estimates
 from sftlab.guards import memory as guards
 from sftlab.guards.memory import CONFIGS, room_on
 from sftlab.memory import (
@@ -59,7 +59,6 @@ from sftlab.memory import (
     parameter_sizes,
     quantized_bytes,
 )
-from sftlab.plots import plot_memory
 
 SMALL = dict(
     vocab_size=600,
@@ -377,7 +376,7 @@ def test_it_reads_well_and_draws():
     assert lines[-1].startswith("The peak is at the loss; at the layer's backward pass it is ")
     assert max(map(len, lines)) <= 130
     assert f"{e.total / 1e9:.2f} GB" in e._repr_html_()
-    (ax,) = plot_memory([e, full]).axes
+    (ax,) = plot_estimates({"qlora": e, "full": full}).axes
     assert max(p.get_x() + p.get_width() for p in ax.patches) == pytest.approx(full.total / 1e9)
 
 

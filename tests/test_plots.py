@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer
 
+from sftlab.figures.memory import plot_estimates
 from sftlab.models import tiny_path
-from sftlab.plots import (PALETTE, TEXT, Diagram, LossPlot, attention_grid, bytes_over_time,
-                          contrast, figure, image_html, labels_html, log_axis, panels, plot_bars,
-                          plot_dataset, plot_loss, plot_means, plot_memory, png, show, text_html,
-                          token_strip, tokens_html)
+from sftlab.plots import (PALETTE, TEXT, Diagram, LossPlot, attention_grid, contrast, figure,
+                          image_html, labels_html, log_axis, panels, plot_bars, plot_dataset,
+                          plot_loss, plot_means, png, show, text_html, token_strip, tokens_html)
 
 TINY = AutoTokenizer.from_pretrained(tiny_path())
 
@@ -248,10 +248,9 @@ def test_a_data_set_at_a_glance():
 
 
 def test_memory_is_stacked_and_compared_with_a_card():
-    def run(name, *sizes):
-        return SimpleNamespace(run=name, terms=dict(zip(("weights", "none", "logits"), sizes)))
-    two = [run("a model, full, 2 x 512, mixed, checkpointing", 4e9, 0, 2e9), run("b", 1e9, 0, 1e9)]
-    fig = plot_memory(two, card_gb=8)
+    def run(*sizes): return SimpleNamespace(terms=dict(zip(("weights", "none", "logits"), sizes)))
+    two = {"a": run(4e9, 0, 2e9), "b": run(1e9, 0, 1e9)}
+    fig = plot_estimates(two, card_gb=8)
     bars = fig.axes[0].patches
     assert [bar.get_width() for bar in bars] == [4, 1, 2, 1]
     assert [bar.get_x() for bar in bars] == [0, 0, 4, 1]
@@ -259,18 +258,8 @@ def test_memory_is_stacked_and_compared_with_a_card():
     legend = [text.get_text() for text in fig.legends[0].get_texts()]
     assert legend == ["a card of 8 GB", "weights", "logits"]
     assert fig.axes[0].lines[0].get_xdata()[0] == 8 * 2**30 / 1e9
-    name = fig.axes[0].get_yticklabels()[0].get_text()
-    assert name.replace("\n", " ") == two[0].run and max(map(len, name.split("\n"))) <= 26
-    image_html(plot_memory(two[0]), "one estimate alone")
-
-
-@pytest.mark.parametrize("size, unit", [(1, "bytes"), (1e3, "kB"), (1e6, "MB"), (1e9, "GB")])
-def test_bytes_over_time(size, unit):
-    fig = bytes_over_time(["a", "b"], dict(weights=[2 * size, 2 * size], gradients=[0, 3 * size]))
-    ax = fig.axes[0]
-    assert ax.get_ylabel() == unit and [text.get_text() for text in ax.texts] == ["2", "5"]
-    assert max(bar.get_y() + bar.get_height() for bar in ax.patches) == pytest.approx(5)
-    image_html(fig, "bytes")
+    assert [name.get_text() for name in fig.axes[0].get_yticklabels()] == ["a", "b"]
+    image_html(fig, "two estimates")
 
 
 def test_a_diagram_is_to_scale_and_arrows_join_what_faces():

@@ -5,27 +5,29 @@
 # %% auto #0
 __all__ = ['step_diagram', 'shift_diagram', 'schedule_plot', 'plot_runs', 'runs_table', 'checkpoint_diagram']
 
-# %% ../../nbs/reference/figures/training.ipynb #2b2ff3a5
+# %% ../../nbs/reference/figures/training.ipynb #6a38f122
 from pathlib import Path
 import pandas as pd
-from ..plots import DASHES, PALETTE, Diagram, figure, plot_loss, show
+from ..plots import DASHES, PALETTE, Diagram, figure, log_axis, plot_loss, show
 
-# %% ../../nbs/reference/figures/training.ipynb #78e81ceb
+# %% ../../nbs/reference/figures/training.ipynb #0fb7adfa
 def step_diagram(
     figures, # of one step: `loss`, `tokens`, `grad_norm`, `learning_rate`
     rows:int, # of its batch
     parameters:int, # of the model
+    top_rate:float=None, # the largest learning rate of the run, where this step's is smaller
 ) -> Diagram:
     "What happens in one step of a training loop, with its real numbers."
     d, grad_norm = Diagram(6.8, 2.75), figures["grad_norm"]
-    now = f"{min(grad_norm, 1):.2f} now" if grad_norm > 1 else "short enough"
+    now = "to length 1.00" if grad_norm > 1 else "short enough"
+    rate = f"rate {figures['learning_rate']:.2g}" + (f" of {top_rate:g}" if top_rate else "")
     batch = d.box(0.1, 1.75, 1.35, 0.75, f"batch\n{rows} rows", "grey")
     model = d.box(2.1, 1.75, 1.6, 0.75, f"model\n{parameters:,} weights", "blue")
     said = f"loss {figures['loss']:.2f}\n{figures['tokens']:.0f} targets"
     loss = d.box(4.95, 1.75, 1.7, 0.75, said, "orange")
     gradient = d.box(4.95, 0.35, 1.7, 0.75, f"gradient\nlength {grad_norm:.2f}", "orange")
-    clip = d.box(3.0, 0.35, 1.25, 0.75, f"clip\n{now}", "green")
-    adamw = d.box(0.6, 0.35, 1.75, 0.75, f"AdamW\nrate {figures['learning_rate']:.2g}", "green")
+    clip = d.box(3.0, 0.35, 1.4, 0.75, f"clip\n{now}", "green")
+    adamw = d.box(0.45, 0.35, 2.0, 0.75, f"AdamW\n{rate}", "green")
     d.arrow(batch, model)
     d.arrow(model, loss, "forward")
     d.arrow(loss, gradient, "backward")
@@ -78,19 +80,23 @@ def schedule_plot(
                        for name, shares in plans.items())
     show(fig, f"Share of the learning rate over the steps of a run: {starts}.")
 
-# %% ../../nbs/reference/figures/training.ipynb #6cfa2eef
+# %% ../../nbs/reference/figures/training.ipynb #15c2a3c7
 def plot_runs(
     runs:dict, # title -> history, from `train`
     cols:int=3, # panels next to each other
-    scale:tuple=(0.2, 20), # nats; what is above or below is cut off
 ):
-    "The loss of several runs in small panels with the same scale. Returns a matplotlib figure."
-    rows = -(-len(runs) // cols)
-    fig, axes = figure(7, 2.25 * rows + 0.3, rows, cols, sharey=True, squeeze=False)
-    for ax, (title, history) in zip(axes.flat, runs.items()):
-        plot_loss(ax, history)
-        ax.get_legend().remove()
-        ax.set(title=title, xlabel="", ylabel="", ylim=scale)
+    "The loss of several runs in small panels; those in one line have one scale. Returns a figure."
+    rows, titles = -(-len(runs) // cols), list(runs)
+    fig, axes = figure(7, 2.25 * rows + 0.3, rows, cols, sharey="row", squeeze=False)
+    for i, line in enumerate(axes):
+        shown = titles[i * cols:(i + 1) * cols]
+        losses = [runs[title][["loss", "eval_nll"]] for title in shown]
+        low, high = (getattr(pd.concat(losses).stack(), way)() for way in ("min", "max"))
+        for ax, title in zip(line, shown):
+            plot_loss(ax, runs[title])
+            log_axis(ax, steps=(1,) if high > 1000 * low else (1, 2, 5))
+            ax.get_legend().remove()
+            ax.set(title=title, xlabel="", ylabel="", ylim=(0.8 * low, 1.25 * high))
     for ax in axes.flat[len(runs):]:
         ax.set_axis_off()
     fig.supxlabel("step")
@@ -98,19 +104,20 @@ def plot_runs(
     fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return fig
 
-# %% ../../nbs/reference/figures/training.ipynb #f181e3e4
+# %% ../../nbs/reference/figures/training.ipynb #eeca1cb9
 def runs_table(
     runs:dict, # title -> history, from `train`
 ): # DataFrame, a row a run; in nats a token
-    "The losses of several runs in a table."
+    "The losses of several runs in a table; of the last epoch, also the gradient: the medians."
     def summary(history):
         loss, held_out = history["loss"].dropna(), history["eval_nll"].dropna()
+        end = history[history["epoch"] > history["epoch"].iloc[-1] - 1]
         return {"first loss": loss.iloc[0], "highest": loss.max(),
-                "last five": loss.iloc[-5:].mean(),
-                "best held-out": held_out.min(), "last held-out": held_out.iloc[-1]}
+                "last epoch": end["loss"].median(), "gradient": end["grad_norm"].median(),
+                "best held-out": held_out.min(), "held-out": held_out.iloc[-1]}
     return pd.DataFrame({title: summary(history) for title, history in runs.items()}).T
 
-# %% ../../nbs/reference/figures/training.ipynb #8adae4e2
+# %% ../../nbs/reference/figures/training.ipynb #1ed4c080
 def _size(n): return f"{n / 1e6:.1f} MB" if n > 1e5 else f"{n / 1e3:.1f} kB"
 
 def checkpoint_diagram(
@@ -130,6 +137,7 @@ def checkpoint_diagram(
     d.text(at(stopped) + 0.05, 2.45, f"✗ stopped after step {stopped}", ha="left",
            color=PALETTE["red"])
     d.arrow((at(saved), 2.45), (at(saved), 1.85), f"step {saved}, saved", color="orange")
+    d.text(at(steps), 1.6, f"step {steps}", ha="right")
     parts = ((f"weights\n{_size(size['model'])}", "blue"),
              (f"AdamW's m and v,\nrandom state\n{_size(size['optimizer'])}", "orange"),
              (f"step, settings,\nlosses, hashes\n{_size(size['state'])}", "green"),
