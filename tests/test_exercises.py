@@ -163,14 +163,14 @@ def test_the_solution_is_shown_without_marks(q, folder, capsys):
 
 
 KEYS = {
-    "generation": "temperature top_p stop_sequences pad_left answer_loss is_it_better",
-    "data": "sharegpt jsonl jaccard split_by_key to_alpaca too_good",
+    "generation": "temperature pass_at_k stop_strings reply best_temperature is_it_better",
+    "data": "seen_before split_by_key from_log jsonl pick too_good",
     "templates": "chat_prompt join_parts fold_system cut_special read_chatml fine_in_training",
     "masking": "row_labels batch_labels fit masked_loss shares better_loss",
     "training": "rows_seen perplexity adamw repair by_heart which_batch",
-    "memory": "held parameters first_too_large checkpointing chunked_loss sixteen_of_24",
+    "memory": "rows_that_fit first_too_large chunked_loss repair settings sixteen_of_24",
     "lora": "trainable directions as_one prepare best_rate learned_nothing",
-    "quantization": "pack weighed blocks restored normal_float worse_after_merge",
+    "quantization": "smaller apart compensate merged keep worse_after_merge",
 }
 
 
@@ -694,16 +694,16 @@ def test_threads_and_processes_may_write_at_the_same_time(folder, capsys):
 
 def test_progress_is_shown(folder):
     pr.record("generation.temperature", "right")
-    pr.record("generation.top_p", "tried")
+    pr.record("generation.pass_at_k", "tried")
     pr.record("data.jsonl", "shown")
     pr.record("data.too_good", "3 of 5 points")
     tasks = {task.key: task for tasks in pr.all_questions().values() for task in tasks}
     text = repr(pr.Progress())
     assert text.splitlines()[0] == f"2 of {len(tasks)} questions done"
     for key, before, after in [
-            ("generation.temperature", "✓", ""), ("generation.top_p", "…", ": not right yet"),
+            ("generation.temperature", "✓", ""), ("generation.pass_at_k", "…", ": not right yet"),
             ("data.jsonl", "…", ": solution looked at"),
-            ("data.too_good", "✓", ": 3 of 5 points"), ("data.jaccard", "○", "")]:
+            ("data.too_good", "✓", ": 3 of 5 points"), ("data.from_log", "○", "")]:
         assert f"\n  {before} {tasks[key].title} ({ex.effort(tasks[key])}){after}\n" in text
     assert "color:inherit" in pr.Progress()._repr_html_()
 
