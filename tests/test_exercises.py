@@ -904,6 +904,8 @@ OTHERS = {
     "a number for a truth": (lambda: True, lambda: 1),
     "two elements": (lambda: 0.5, lambda: torch.tensor([0.5, 0.5])),
     "a list for a dict": (lambda: {"a": 1}, lambda: ["a"]),
+    "a tensor for a dict": (lambda: {"a": 1}, lambda: torch.tensor([1])),
+    "a text for a dict": (lambda: {0: "a"}, lambda: ""),
     "an integer off by one": (lambda: 10**9, lambda: 10**9 + 1),
     "tiny, and double": (lambda: 1e-8, lambda: 2e-8),
     "tiny floats in a list": (lambda: [1e-8, 3e-8], lambda: [1e-8, 2e-8]),

@@ -157,7 +157,7 @@ def in_form(
             return [in_form(w, g) for w, g in zip(want, list(got), strict=True)]
         if isinstance(want, dict):
             return {key: in_form(want[key], got[key]) for key in want}
-    except (TypeError, ValueError, RuntimeError, KeyError):
+    except (TypeError, ValueError, RuntimeError, LookupError):
         pass # of another shape altogether
     return got
 
