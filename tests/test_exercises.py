@@ -165,7 +165,7 @@ def test_the_solution_is_shown_without_marks(q, folder, capsys):
 KEYS = {
     "generation": "temperature pass_at_k stop_strings reply best_temperature is_it_better",
     "data": "seen_before split_by_key from_log jsonl pick too_good",
-    "templates": "chat_prompt join_parts fold_system cut_special read_chatml fine_in_training",
+    "templates": "chat_prompt answer_rows cut_special repaired layout_costs fine_in_training",
     "masking": "row_labels batch_labels fit masked_loss shares better_loss",
     "training": "rows_seen perplexity adamw repair by_heart which_batch",
     "memory": "rows_that_fit first_too_large chunked_loss repair settings sixteen_of_24",
