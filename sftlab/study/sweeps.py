@@ -205,7 +205,7 @@ def _lora_run(
     figures = dict(loss=float(history.loss[-20:].mean()), base_loss=base_loss(model, tokenizer))
     return rates(answered) | figures | dict(trained=trainable(model).trained)
 
-# %% ../../nbs/reference/study/sweeps.ipynb #cebccf88
+# %% ../../nbs/reference/study/sweeps.ipynb #ab6299c2
 _GRID = [1e-2 / 2**k for k in range(5, -2, -1)] # 0.0003 to 0.02, each twice the one before
 _SIZES = [dict(method=method, rows=rows, learning_rate=rate) for rows in (100, 300, 1000)
           for method, rates in (("full", _GRID[:5]), ("lora", _GRID[2:])) for rate in rates]
@@ -219,9 +219,9 @@ _RANKS += [dict(r=r, alpha=alpha, learning_rate=rate) # where the best was at th
 _LAYERS = dict(qv=(["q_proj", "v_proj"], 38), # each with 116,736 parameters, or nearly
                attention=(["q_proj", "k_proj", "v_proj", "o_proj"], 19),
                mlp=(["gate_proj", "up_proj", "down_proj"], 14))
-_VARIANTS = [dict(method="dora", r=8, learning_rate=rate) for rate in _GRID[3:6]]
-_VARIANTS += [dict(method="rslora", r=32, learning_rate=rate) for rate in _GRID[2:5]]
-_TARGETS = [dict(layers=layers, learning_rate=rate) for layers in _LAYERS for rate in _GRID[3:]]
+_VARIANTS = [dict(method="dora", r=8, learning_rate=rate) for rate in _GRID[2:6]]
+_VARIANTS += [dict(method="rslora", r=32, learning_rate=rate) for rate in _GRID[1:5]]
+_TARGETS = [dict(layers=layers, learning_rate=rate) for layers in _LAYERS for rate in _GRID[2:]]
 
 @experiment("07_lora_full", _SIZES, files=(*_TINY, *_TEXTS))
 def lora_full(method:str, rows:int, learning_rate:float, seed:int) -> dict:
