@@ -35,7 +35,7 @@ def layout(
     check_no_tools(tools)
     return segments(messages, template)
 
-# %% ../nbs/04_loss_masking.ipynb #867c3e45
+# %% ../nbs/04_loss_masking.ipynb #55508460
 def _last_question(messages): # its index; -1: there is none
     return max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
 
@@ -50,12 +50,13 @@ def learned_segments(
     if mode == "all":
         return [part.turn not in silent for part in parts]
     asked = _last_question(messages) if mode == "completion" else -1 # only what comes after it
+    # the turns that have something to learn
     answers = {part.turn for part in parts if part.learned and part.turn > asked} - silent
     check_answers(answers, mode)
     if mode == "last":
         answers = {max(answers)}
     learned = [part.learned and part.turn in answers for part in parts]
-    if mode == "completion": # and all that follows
+    if mode == "completion": # from the first learned piece to the end
         begin = learned.index(True)
         learned = [i >= begin and part.turn not in silent for i, part in enumerate(parts)]
     return learned
@@ -99,7 +100,7 @@ def collate(
     mask = fill([[1] * len(x) for x in ids], 0)
     return dict(input_ids=fill(ids, pad_id), labels=fill(labels, IGNORE), attention_mask=mask)
 
-# %% ../nbs/04_loss_masking.ipynb #5726c3a2
+# %% ../nbs/04_loss_masking.ipynb #d345bd9a
 def _last_answer(labels): # the place where it begins; 0 if nothing comes before it
     n = len(labels)
     begins = [i for i in range(1, n) if labels[i] != IGNORE and labels[i - 1] == IGNORE]
@@ -109,7 +110,7 @@ def _shorten(row, max_length, how): # -> a shorter row; None if it is dropped
     ids, labels = row["input_ids"], row["labels"]
     if how == "cut":
         kept = slice(max_length)
-        worth = any(label != IGNORE for label in labels[1:max_length]) # something to learn
+        worth = any(label != IGNORE for label in labels[1:max_length]) # nothing predicts the first
     elif how == "prompt":
         kept = slice(len(ids) - max_length, len(ids))
         worth = _last_answer(labels) > kept.start # all of it, and a token before it

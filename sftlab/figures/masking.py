@@ -83,15 +83,25 @@ def _row(d, y, lengths, span, scale): # the parts of a row, as far as they are i
                 d.text(x + width + 0.06, y + 0.19, part, ha="left", fontsize=9)
         begin += n
 
-# %% ../../nbs/reference/figures/masking.ipynb #6054ae9a
+# %% ../../nbs/reference/figures/masking.ipynb #968c1353
 _ARMS = {"answers": ("green", "o", "-"), "everything": ("orange", "s", "--")}
+
+def _at_best_rate(runs, learn, page): # the runs with the highest mean of `exact`, by seed
+    some = runs[(runs.learn == learn) & (runs.page == page)]
+    rate = some.groupby("learning_rate").exact.mean().idxmax()
+    return some[some.learning_rate == rate].sort_values("seed")
+
+def _ring(ax, best, column, color): # around the best point of a line
+    ax.plot(best.learning_rate.iloc[0], best[column].mean(), "o", markersize=15, fillstyle="none",
+            markeredgewidth=1.6, color=color)
 
 def scores_by_rate(
     runs, # of the experiment 04_masking, as `results` returns them
     column:str="exact", # what to show
     ylabel:str="exact match, %",
 ): # a matplotlib figure
-    "A panel for each length of the page: the score by learning rate, one line for what is learned."
+    """A panel for each length of the page: the score by learning rate, one line for what is
+    learned, a ring around the best rate of each."""
     pages = sorted(runs.page.unique())
     fig, axes = figure(6.8, 3.2, ncols=len(pages), sharey=True)
     for ax, page in zip(axes, pages):
@@ -99,34 +109,27 @@ def scores_by_rate(
             some = runs[(runs.learn == learn) & (runs.page == page)]
             plot_means(ax, some, "learning_rate", column, label=f"{learn} learned",
                        marker=marker, color=PALETTE[color], linestyle=dash)
+            _ring(ax, _at_best_rate(runs, learn, page), column, PALETTE[color])
         log_axis(ax, "x", steps=(1, 3))
         ax.set(xlabel="learning rate", ylabel="" if ax is not axes[0] else ylabel,
                title="question alone" if page == 0 else f"after {page} characters of other text")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return fig
 
-# %% ../../nbs/reference/figures/masking.ipynb #1f532296
-_PAGE = "characters before the question"
-
-def _at_best_rate(runs, learn, page): # the runs with the highest mean of `exact`, by seed
-    some = runs[(runs.learn == learn) & (runs.page == page)]
-    rate = some.groupby("learning_rate").exact.mean().idxmax()
-    return some[some.learning_rate == rate].sort_values("seed")
-
+# %% ../../nbs/reference/figures/masking.ipynb #633eefdc
 def best_rates(
     runs, # of the experiment 04_masking
-): # a DataFrame: for each page and way its best rate and means over seeds, and what the mask gains
+): # a DataFrame: for each page the means over seeds, what the mask gains, the best rates
     "Answers learned and everything learned, each at its best rate."
     import pandas as pd
     from sftlab.study.experiments import mean_interval
-    rows = []
+    rows = {}
     for page in sorted(runs.page.unique()):
         arms = {learn: _at_best_rate(runs, learn, page) for learn in _ARMS}
         exact = [arm.exact.to_numpy() for arm in arms.values()]
-        gain = "{:+.1f} ({:+.1f} to {:+.1f})".format(*mean_interval(exact[0] - exact[1]))
-        for learn, arm in arms.items():
-            row = {_PAGE: page, "learned": learn, "best rate": f"{arm.learning_rate.iloc[0]:g}",
-                   "tokens learned, %": f"{arm.learned.mean():.0f}"}
-            row["exact match, %"] = f"{arm.exact.mean():.1f}"
-            rows.append(row | {"gained by the mask, points": gain if learn == "answers" else ""})
-    return pd.DataFrame(rows).set_index([_PAGE, "learned"])
+        row = {learn: f"{arm.exact.mean():.1f}" for learn, arm in arms.items()}
+        row["gained by the mask"] = "{:+.1f} ({:+.1f} to {:+.1f})".format(
+            *mean_interval(exact[0] - exact[1]))
+        row["best rates"] = ", ".join(f"{arm.learning_rate.iloc[0]:g}" for arm in arms.values())
+        rows["after other text" if page else "question alone"] = row
+    return pd.DataFrame.from_dict(rows, orient="index")
