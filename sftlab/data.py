@@ -145,7 +145,7 @@ ACCEPTED = ("accepted are JSON, JSONL, CSV or Parquet with Alpaca rows (instruct
             "output), ShareGPT rows (conversations: from, value), prompt/completion rows (prompt, "
             "completion) or messages rows (messages: role, content)")
 
-# %% ../nbs/02_instruction_data.ipynb #34167dce
+# %% ../nbs/02_instruction_data.ipynb #21229931
 def convert_row(
     row, # one row of a file, whatever it is
     format:str=None, # the format of the rows before, one of `FORMATS`
@@ -166,9 +166,12 @@ def convert_row(
     found = None if problems else dict(messages=messages, **known.rest(row))
     return found, problems, names[0]
 
-def _formats_of(row) -> list: # names of the formats whose field it has
+def _formats_of(row) -> list: # names of the formats whose field it has; of several, the whole one
     fields = row if isinstance(row, dict) else {}
-    return [name for name, known in FORMATS.items() if known.tells in fields]
+    names = [name for name, known in FORMATS.items() if known.tells in fields]
+    whole = [name for name in names
+             if all(fields.get(field) is not None for field in FORMATS[name].fields)]
+    return whole if len(names) > 1 and len(whole) == 1 else names
 
 def to_messages(
     row:dict, # one row of a file

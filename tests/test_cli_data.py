@@ -151,7 +151,7 @@ def test_control_tokens_are_warned_of(data, tmp_path):
     assert (status, err, len(told)) == (0, "", 3) and last == done[1].strip()
     assert told[0] == (
         f"warning: {file}: line 2: field 'instruction' has '<|im_end|>', which is one of this "
-        "model's control tokens; it is trained on as plain text")
+        "model's control tokens; sftlab trains on it as plain text, TRL as the token")
     assert more == f"warning: {file}: and 6 more places with control tokens"
     status, _, err = data("check", file, "--model", tmp_path / "nothing")
     assert status == 1 and err.count("\n") == 1
@@ -165,7 +165,7 @@ def test_a_tag_of_html_is_warned_of_with_its_place_and_read(data, tmp_path):
     html = dict(instruction="Strike it out.", output="<b>No</b> <s>never</s>")
     file = rows_file(tmp_path / "f.jsonl", [html, dict(instruction="Hi", output="Ho")])
     told = (f"warning: {file}: line 1: field 'output' has '<s>', which is one of this model's "
-            "control tokens; it is trained on as plain text\n"
+            "control tokens; sftlab trains on it as plain text, TRL as the token\n"
             "rows     2 read, 2 can be used, 0 cannot\n")
     assert data("check", file, "--model", tmp_path / "model") == (0, told, "")
     row = read_rows(file)[0]

@@ -580,11 +580,13 @@ REFUSED = (
         ],
         f"{GOOD}\n{row('user', 'assistant')}": [
             "line 2",
-            "found the fields messages",
-            "the rows before have 'instruction'",
+            "has the field 'messages', but the rows before have 'instruction'",
+            "a file holds one format",
         ],
         '{"instruction": "Hi", "output": "Hi", "messages": []}': [
-            "fields instruction and messages are both there"
+            "fields instruction and messages are both there",
+            "keep the one to be learned from",
+            "remove_columns",
         ],
         '{"system": "Be rude.", "messages": [' + USER + ", " + ASSISTANT + "]}": [
             "field 'system' is part of the conversation, but is outside of it",
@@ -802,6 +804,47 @@ def test_what_is_wrong_is_told_in_the_names_of_the_file(tmp_path):
         assert why in str(e.value)
     with pytest.raises(DataError, match="there is no column 'question': choose one of prompt"):
         read_rows(tmp_path / "f.jsonl", columns={"question": "prompt"})
+
+
+SAID = talk([("Hi", "Ho"), ("Who?", "Me.")])
+SHARED = [
+    {"from": "human" if said["role"] == "user" else "gpt", "value": said["content"]}
+    for said in SAID
+]
+TWO_FORMATS = {  # fields as well-known sets have them -> what is carried along
+    "ultrachat_200k": (dict(prompt="Hi", prompt_id="7", messages=SAID), "prompt prompt_id"),
+    "no_robots": (dict(prompt="Hi", messages=SAID, category="Chat"), "prompt category"),
+    "Magpie": (
+        dict(uuid="7", instruction="Hi", response="Ho", conversations=SHARED),
+        "uuid instruction response",
+    ),
+    "an empty column": (dict(instruction="Hi", output=None, messages=SAID), "instruction output"),
+    "a prompt of turns": (dict(prompt=SAID[:1], messages=SAID), "prompt"),
+}
+
+
+@pytest.mark.parametrize("name", TWO_FORMATS)
+def test_of_two_formats_in_a_row_the_whole_one_is_read(name, tmp_path):
+    row, rest = TWO_FORMATS[name]
+    want = dict(messages=SAID) | {field: row[field] for field in rest.split()}
+    assert to_messages(row) == want
+    (tmp_path / "f.jsonl").write_text(json.dumps(row))
+    assert read_rows(tmp_path / "f.jsonl") == [want]
+    table = read_messages(tmp_path / "f.jsonl").select_columns("messages")
+    assert list(table) == [dict(messages=SAID)]  # what TRL takes
+    assert to_messages(want) == want  # once more
+
+
+def test_of_two_whole_formats_in_a_row_none_is_read():
+    for row, why in (
+        (dict(prompt="Hi", completion="Ho", messages=SAID), "prompt and messages"),
+        (dict(instruction="Hi", output="Ho", conversations=SHARED), "instruction and conv"),
+        (dict(conversations=SHARED, messages=SAID), "conversations and messages"),
+        (dict(instruction="Hi", prompt="Hi"), "instruction and prompt"),  # neither is whole
+        (dict(prompt=None, messages=None), "prompt and messages"),
+    ):
+        with pytest.raises(DataError, match=f"fields {why}.* are both there: keep the one"):
+            to_messages(row)
 
 
 def test_a_real_file_with_columns_of_its_own(real_data):

@@ -166,7 +166,7 @@ KEYS = {
     "generation": "temperature pass_at_k stop_strings reply best_temperature is_it_better",
     "data": "seen_before split_by_key from_log jsonl pick too_good",
     "templates": "chat_prompt answer_rows cut_special repaired layout_costs fine_in_training",
-    "masking": "row_labels batch_labels fit masked_loss shares better_loss",
+    "masking": "learned empty_thoughts fit repair gain better_loss",
     "training": "rows_seen perplexity adamw repair by_heart which_batch",
     "memory": "rows_that_fit first_too_large chunked_loss repair settings sixteen_of_24",
     "lora": "trainable directions as_one prepare best_rate learned_nothing",

@@ -44,7 +44,7 @@ def dataset_stats(
                           roles=" ".join(sorted(set(roles))), scripts=_scripts(" ".join(texts))))
     return pd.DataFrame(table)
 
-# %% ../../nbs/reference/audit/data.ipynb #28da9d27
+# %% ../../nbs/reference/audit/data.ipynb #4f7bad9b
 _PLACEHOLDER = re.compile(r"\{\{[^{}\n]{1,60}\}\}")
 
 def control_tokens(tokenizer) -> re.Pattern: # finds one of them in a text
@@ -73,7 +73,8 @@ def remarks(
     for at, text in _strings(row, fields):
         if control and (found := control.search(text)):
             yield "control tokens", (f"field {at!r} has {found[0]!r}, which is one of this model's "
-                                     "control tokens; it is trained on as plain text")
+                                     "control tokens; sftlab trains on it as plain text, TRL "
+                                     "as the token")
         if found := _PLACEHOLDER.search(text):
             yield "placeholders", (f"field {at!r} has {found[0]!r}, which looks like a placeholder "
                                    "that was never filled in; it is trained on as it is")

@@ -349,7 +349,7 @@ def check_messages(row:dict, problems:list, roles:dict):
     "Look for what is wrong with a messages row."
     check_turns(row, "messages", problems, roles)
 
-# %% ../../nbs/reference/guards/data.ipynb #737c1ec4
+# %% ../../nbs/reference/guards/data.ipynb #309d8c17
 def check_format(
     row, # one row of a file
     tells:list, # those of its fields that tell a format
@@ -365,8 +365,13 @@ def check_format(
         problems.append(Problem("", f"found {kind_of(row)} instead of an object", advice))
     elif len(tells) > 1:
         what = f"fields {' and '.join(tells)} are both there"
-        problems.append(Problem("", what, "keep the one to be learned from"))
-    elif not tells or before and tells != [before]:
+        fix = "keep the one to be learned from (`datasets`: `remove_columns` takes the other out)"
+        problems.append(Problem("", what, fix))
+    elif tells and before and tells != [before]:
+        what = f"has the field {tells[0]!r}, but the rows before have {before!r}"
+        fix = "a file holds one format, so convert each kind by itself"
+        problems.append(Problem("", what, fix))
+    elif not tells:
         found = ", ".join(map(str, row)) or "(none)"
         problems.append(Problem("", f"found the fields {found}", advice))
 

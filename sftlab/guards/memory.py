@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from ..errors import MemoryEstimateError
 from .options import check_choice, check_count
 
-# %% ../../nbs/reference/guards/memory.ipynb #bfe5701f
+# %% ../../nbs/reference/guards/memory.ipynb #1bcefcbc
 def _config(kind, vocab, hidden, mlp, layers, heads, kv_heads, tied=False, **more):
     return dict(
         model_type=kind, vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp,
@@ -27,6 +27,7 @@ CONFIGS = { # name -> the numbers in its config.json
     "llama-65b": _config("llama", 32000, 8192, 22016, 80, 64, 64),
     "llama-2-70b": _config("llama", 32000, 8192, 28672, 80, 64, 8),
     "llama-3.1-8b": _config("llama", 128256, 4096, 14336, 32, 32, 8),
+    "llama-3.3-70b": _config("llama", 128256, 8192, 28672, 80, 64, 8),
     # the first Qwen: other names for its parts, the same sizes
     "qwen-7b": _config("qwen2", 151936, 4096, 11008, 32, 32, 32),
     "qwen2.5-0.5b": _config("qwen2", 151936, 896, 4864, 24, 14, 2, tied=True),
@@ -35,6 +36,8 @@ CONFIGS = { # name -> the numbers in its config.json
     "qwen3-0.6b": _config("qwen3", 151936, 1024, 3072, 28, 16, 8, tied=True, head_dim=128),
     "qwen3-4b": _config("qwen3", 151936, 2560, 9728, 36, 32, 8, tied=True, head_dim=128),
     "qwen3-8b": _config("qwen3", 151936, 4096, 12288, 36, 32, 8, head_dim=128),
+    "qwen3-14b": _config("qwen3", 151936, 5120, 17408, 40, 40, 8, head_dim=128),
+    "qwen3-32b": _config("qwen3", 151936, 5120, 25600, 64, 64, 8, head_dim=128),
     "smollm2-135m": _config("llama", 49152, 576, 1536, 30, 9, 3, tied=True),
     "smollm2-360m": _config("llama", 49152, 960, 2560, 32, 15, 5, tied=True),
     "smollm2-1.7b": _config("llama", 49152, 2048, 8192, 24, 32, 32, tied=True),
