@@ -267,7 +267,8 @@ def _(rng):
             return _thinks(word(), word())
         return _talks(word, letter.replace("p", "a"))[0][0] # p: a plain answer
     shapes = ["ua", "sua", "uaua", "suaua", "ucta", "ucctta", "uctaua", "uauc", "uactctau",
-        "up", "uaup", "upua", "uctcta", "uaucta", "uctaucta", "u", "", "su", "uasua", "uuaua", "uactaua", "uauau"]
+        "up", "uaup", "upua", "uctcta", "uaucta", "uctaucta", "u", "", "su", "uasua",
+        "uuaua", "uactaua", "uauau"]
     if rng.random() < 0.5:
         shapes.append("sucta")
     talks = [[said(letter) for letter in shape] for shape in shapes]
