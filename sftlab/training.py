@@ -115,7 +115,6 @@ def warmup_steps(wanted:float, steps:int) -> int:
     "Steps of warm-up, of `steps` in all; `wanted` is a number of them, or below 1 a share."
     return int(wanted) if wanted >= 1 else math.ceil(wanted * steps)
 
-# %% ../nbs/05_full_finetuning.ipynb #e7f9f361
 @dataclass(frozen=True)
 class TrainingConfig:
     "What a run does with its rows; a `TrainingError` for settings that cannot be right."

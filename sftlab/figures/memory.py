@@ -178,7 +178,7 @@ def estimate_html(
     table = estimate_table(e).to_html(formatters=columns)
     return f"<p>{e.run}: {total} at the peak, the {e.peak}</p>" + table
 
-# %% ../../nbs/reference/figures/memory.ipynb #9dc2f79d
+# %% ../../nbs/reference/figures/memory.ipynb #fc7b854b
 def plot_lengths(
     totals:dict, # model -> way -> {tokens: bytes}
     card_gb:float, # of a card: what it has to give is drawn as a line
@@ -191,7 +191,7 @@ def plot_lengths(
             sizes = [size / 1e9 for size in found.values()]
             ax.plot(list(found), sizes, linestyle=style, color=color, label=way)
         ax.axhspan(room, 4 * card_gb, color=TEXT, alpha=0.12, linewidth=0)
-        ax.text(0.03 * max(found), 3.7 * card_gb, f"too much for {card_gb} GB", fontsize=9)
+        ax.text(0.97 * max(found), 3.7 * card_gb, f"too much for {card_gb} GB", ha="right")
         ticks = range(0, max(found) + 1, 2048)
         ax.set(title=model, xlabel="tokens in a row", xlim=(0, max(found)), ylim=(0, 4 * card_gb))
         ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
@@ -200,7 +200,7 @@ def plot_lengths(
     show(fig, f"Memory against the length of a row for {', '.join(totals)}: one line for each of "
          f"{', '.join(ways)}; a shaded area is too much for a card of {card_gb} GB.")
 
-# %% ../../nbs/reference/figures/memory.ipynb #4c46f712
+# %% ../../nbs/reference/figures/memory.ipynb #ffdb2a8f
 def plot_fits(
     rows:dict, # method -> model -> card -> how many rows fit
     perhaps:dict, # the same with less of the card left free: at least as many
@@ -247,7 +247,7 @@ def _by_method(rows, perhaps): # in words: cells without rows
                  for model, by in models.items() for card, n in by.items()]
         none = sum(maybe == 0 for _, maybe in cells)
         doubtful = sum(n == 0 < maybe for n, maybe in cells)
-        words.append(f"{method}: nothing fits in {none} cells, perhaps something in {doubtful}")
+        words.append(f"{method}: nothing fits in {none} of {len(cells)}, perhaps in {doubtful}")
     return "; ".join(words)
 
 def _two_digits(n): # as a text; an estimate is no better than that
