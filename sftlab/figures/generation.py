@@ -24,7 +24,7 @@ def stages_diagram(
               ("SFT", f"questions with answers\n{rows:,} conversations",
                "instruct model\nanswers, stops"),
               ("RLHF, DPO, RLVR", "which answers are\nbetter, or right",
-               "assistant\nanswers people prefer")]
+               "assistant\nbetter answers")]
     places = []
     for i, (name, given, made) in enumerate(stages):
         x = 0.1 + 2.3 * i
