@@ -263,6 +263,7 @@ def test_memory_says_what_fits_and_what_does_not():
         f"this run fits; rows of 1,024 tokens: {rows:,} at most; 2 rows at a time: {tokens:,} "
         "tokens at most")
     assert "this run does not fit" in call("memory", *run, rows + 1)[1]
+    assert "this run perhaps fits" in call("memory", *run, rows)[1]
     status, out, err = call("memory", "llama-65b", "--method", "qlora", "--card", 24)
     assert status == 1 and err.count("\n") == 1
     assert "a card of 24 GB has 23.2 to give: weights alone are 33.4" in err
