@@ -6,7 +6,7 @@
 __all__ = ['TEMPLATES', 'ALPACA', 'ALPACA_ZH', 'VICUNA', 'Segment', 'chatml', 'llama3', 'Template', 'segments', 'joined_text',
            'render', 'encode_segments', 'llama2', 'vicuna', 'jinja', 'with_template']
 
-# %% ../nbs/03_chat_templates.ipynb #15e0f57d
+# %% ../nbs/03_chat_templates.ipynb #e0ffe4ee
 import copy
 import re
 from collections.abc import Callable, Iterator
@@ -29,7 +29,6 @@ class Segment:
 def _mark(text, turn=-1, learned=False): return Segment(text, True, turn, learned)
 def _typed(text, turn, learned=False): return Segment(text, False, turn, learned)
 
-# %% ../nbs/03_chat_templates.ipynb #a08e125c
 def chatml(
     messages:list, # with `role` and `content`
     add_generation_prompt:bool=False, # whether an answer is to be written next
@@ -98,7 +97,7 @@ TEMPLATES = dict(
     llama3=Template(llama3, _LLAMA3, "<|eot_id|>", "<|begin_of_text|>",
                     others=("<|start_header_id|>", "<|end_header_id|>"), alternates=False))
 
-# %% ../nbs/03_chat_templates.ipynb #a880d5c5
+# %% ../nbs/03_chat_templates.ipynb #8b9bcd03
 def _named(template) -> Template:
     check_choice("template", template, TEMPLATES, TemplateError)
     return TEMPLATES[template]
@@ -109,7 +108,7 @@ def segments(
     add_generation_prompt:bool=False, # whether an answer is to be written next
 ) -> list: # of `Segment`
     "Lay a conversation out, piece by piece; a `TemplateError` where it has no place."
-    chosen = _named(template)
+    chosen = _named(template) # next, guards refuse what has no place in a template
     check_messages(messages, ROLES, chosen.alternates)
     check_plain(messages)
     return [s for s in chosen.layout(messages, add_generation_prompt) if s.text]
@@ -122,21 +121,22 @@ def render(
     "A conversation as one text; raises a `TemplateError` as `segments` does."
     return joined_text(segments(messages, template, add_generation_prompt))
 
-# %% ../nbs/03_chat_templates.ipynb #63dcc001
+# %% ../nbs/03_chat_templates.ipynb #343b033e
 def encode_segments(
     tokenizer, # a fast one
     segments:list, # of `Segment`
 ) -> tuple: # token ids of the joined text; for each the index of the segment that it belongs to
     """Encode a layout so that only the template's special tokens are special. A token that holds
     characters of several segments belongs to one that is learned, else to the first."""
-    # a copy with typed characters blanked: special tokens found there are the template's
+    # a copy of the text with "\0" for what was typed: special tokens in it are the template's
     hidden = (s.text if s.mark else re.sub(r"\S", "\0", s.text) for s in segments)
-    # (id, first character, end) of each token
+    # encode the text, with these as its only special tokens
     tokens = cut_tokens(tokenizer, text=joined_text(segments), marks="".join(hidden))
     at = [i for i, s in enumerate(segments) for _ in s.text] # the segment of each character
     owners = []
-    for _, start, end in tokens:
-        touched = at[start:max(end, start + 1)] # at least one character, even for a part of one
+    for _, start, end in tokens: # id, place of its first character, place after its last
+        # segments of its characters; at least one, should a part of an emoji count as empty
+        touched = at[start:max(end, start + 1)]
         learned = [i for i in touched if segments[i].learned]
         owners.append((learned or touched)[0])
     return [id for id, *_ in tokens], owners
