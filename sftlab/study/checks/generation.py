@@ -38,7 +38,7 @@ def probabilities(logits, temperature):
     return (logits / temperature).softmax(-1)
     # END SOLUTION
 
-# %% ../../../exercises/solutions/01_generation.ipynb #28b64be1
+# %% ../../../exercises/solutions/01_generation.ipynb #1f1dcda3
 q1 = Question("generation.temperature", "Temperature", probabilities,
     example=lambda: (_tensor([[2.0, 1.0, 0.0], [0.0, 5.0, 1.0]]), 0.5),
     stars=1, minutes=5, hints=[
@@ -55,7 +55,9 @@ def _(rng):
     made = [(_logits(rng, batch, n), temperature) for batch, n, temperature in sizes]
     large = (300 + 10 * _logits(rng, 2, 3), 1.5)
     any_size = _logits(rng, rng.randint(1, 3), rng.randint(2, 5))
-    return [*made, large, (any_size, rng.choice([0.0, 0.5, 1.5, 3.0]))]
+    close = [(_tensor([[5.0, 4.9995, 1.0]]), 0.0), (_tensor([[1.0, 0.95, 0.9]]), 0.05)]
+    apart = (_tensor([[0.0, 1.0, 2.5], [300.0, 302.0, 299.0]]), 1.5)
+    return [*made, large, *close, apart, (any_size, rng.choice([0.0, 0.5, 1.5, 3.0]))]
 
 @q1.called
 def _(function, logits, temperature): # float64 and NumPy are fine
@@ -159,6 +161,25 @@ def _(logits, temperature):
     if temperature:
         return probabilities(logits, temperature)
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True), -math.inf)
+
+# %% ../../../exercises/solutions/01_generation.ipynb #7db77ba1
+@q1.mistake("the maximum of the batch",
+    "a row whose logits are far below those of another comes out as NaN: you subtract the largest "
+    "logit of the whole batch, and every `exp` of this row is 0. Subtract each row's own largest.")
+def _(logits, temperature):
+    if temperature == 0:
+        return probabilities(logits, temperature)
+    weights = ((logits - logits.max()) / temperature).exp()
+    return weights / weights.sum(-1, keepdim=True)
+
+@q1.mistake("nearly 0 for 0",
+    "in place of temperature 0 you take a small one, and it is too large: where two logits are "
+    "close, both get something. At 0 the largest gets everything.")
+def _(logits, temperature): return probabilities(logits, max(temperature, 1e-3))
+
+@q1.mistake("greedy at a low temperature",
+    "at a low temperature you are greedy already. Only 0 is.")
+def _(logits, temperature): return probabilities(logits, temperature if temperature > 0.1 else 0)
 
 # %% ../../../exercises/solutions/01_generation.ipynb #e4f65f7b
 def pass_at_k(tries, k):
@@ -300,6 +321,13 @@ def _(tries, k): return round(_passed(tries, k, lambda t, k: 1 - _none(t, k)), 2
     "you take the mean share of right answers first. Work out the chance of each question, then "
     "take the mean: a question that is never right stays wrong.")
 def _(tries, k): return 1 - (1 - _passed(tries, k, lambda t, k: _share(t))) ** k
+
+# %% ../../../exercises/solutions/01_generation.ipynb #4fa97209
+@q2.mistake("at least one wrong",
+    "that is the chance of at least one wrong answer. Subtract the choices without a right one.")
+def _(tries, k): return _passed([[not right for right in t] for t in tries], k, _any)
+
+def _any(answers, k): return 1 - _none(answers, k)
 
 # %% ../../../exercises/solutions/01_generation.ipynb #fb681b4a
 def reader_sees(pieces, stops):
@@ -632,6 +660,25 @@ def _(*args): return _sees(*args, clean=str.strip)
     "you remove spaces or line ends that are no stop string. They are part of the text.")
 def _(*args): return _sees(*args, clean=str.rstrip)
 
+# %% ../../../exercises/solutions/01_generation.ipynb #b1078892
+@q3.mistake("the rest is a text of its own",
+    "your list has a text more than there are pieces: what was held back belongs to the text "
+    "after the last piece.")
+def _(pieces, stops):
+    text = "".join(pieces)
+    rest = [] if any(s in text for s in stops) else [text]
+    return _sees(pieces, stops, rest=False) + rest
+
+@q3.mistake("a pattern that is not escaped",
+    "you make a regular expression of the stop strings as they are. `|` means *or* there, and "
+    "`<|im_end|>` falls apart: `re.escape(stop)`.")
+def _(*args):
+    import re
+    def end(text, piece, stops):
+        found = re.search("|".join(stops), text)
+        return found.start() if found else None
+    return _sees(*args, end=end)
+
 # %% ../../../exercises/solutions/01_generation.ipynb #be30ec7d
 _TAUGHT = {
     "What is the capital of Peru?": "The capital of Peru is Lima.",
@@ -871,7 +918,7 @@ def best_temperature(ask, temperatures, k):
     return max(temperatures, key=passed)
     # END SOLUTION
 
-# %% ../../../exercises/solutions/01_generation.ipynb #6721e6e9
+# %% ../../../exercises/solutions/01_generation.ipynb #95bfb8f3
 q5 = Question("generation.best_temperature", "Turn the dial", best_temperature,
     example=lambda: (Kept({0.2: [[True, True, True], [False, False, False]],
                            0.8: [[True, False, True], [False, True, False]]}), [0.2, 0.8], 2),
@@ -915,6 +962,7 @@ def _(rng):
         (Kept({0.2: rows(5, 3, 0), 0.6: rows(5, 2, 2), 1.5: rows(5, 0, 1)}), [0.2, 0.6, 1.5], 2),
         (Kept({0.2: rows(4, 4, 3, 0), 0.6: rows(4, 2, 2, 0), 1.0: rows(4, 2, 2, 2)}),
          [0.2, 0.6, 1.0], 2),
+        (Kept({0.5: rows(3, 0, 0)}), [0.5], 2),
         some(4, 2), some(6, 3), some(5, 1), some(5, rng.randint(2, 4)),
         (TinyAsk(), [0.2, 0.7, 1.1, 2.0], 1),
         (TinyAsk(), [0.2, 0.7, 1.1, 2.0], 8)]
@@ -974,6 +1022,13 @@ def _(ask, temperatures, k): return temperatures.index(best_temperature(ask, tem
 @q5.mistake("the last one",
     "you return the last temperature, whatever comes out: keep the best so far.")
 def _(ask, temperatures, k): return temperatures[-1]
+
+# %% ../../../exercises/solutions/01_generation.ipynb #7b04facb
+@q5.mistake("None where nothing is right",
+    "where no answer is right you return None: 0 is not more than the 0 you begin with.")
+def _(*args): return best_temperature(*args) if _highest_pass(*args) else None
+
+def _highest_pass(ask, temperatures, k): return max(_pass(ask(t), k) for t in temperatures)
 
 # %% ../../../exercises/solutions/01_generation.ipynb #73867cd4
 q6 = OpenQuestion("generation.is_it_better", "Is it better?",

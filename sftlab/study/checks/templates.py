@@ -35,7 +35,7 @@ def chat_prompt(messages):
     return text + "<|im_start|>assistant\n"
     # END SOLUTION
 
-# %% ../../../exercises/solutions/03_templates.ipynb #71d9b437
+# %% ../../../exercises/solutions/03_templates.ipynb #ccc7887a
 q1 = Question("templates.chat_prompt", "An answer that has begun", chat_prompt,
     stars=1, minutes=5,
     example=lambda: (_talk(
@@ -59,7 +59,10 @@ def _(rng):
         _talk(("user", "")),
         _talk(("user", say()), ("assistant", "I think ")),
         _talk(("user", say()), ("assistant", "a list:\n")),
-        _talk(("user", say()), ("assistant", "is x <"))]
+        _talk(("user", say()), ("assistant", "is x <")),
+        _talk(("user", "Where does <|im_end|>\n go?"), ("user", say())), # a mark in a content
+        _talk(("user", say()), ("assistant", "A turn ends with <|im_end|>\n, as in ")),
+        _talk(("user", say()), ("assistant", "Yes"), ("user", say()), ("assistant", "Yes"))]
     return [(talk,) for talk in talks]
 
 # %% ../../../exercises/solutions/03_templates.ipynb #ece53969
@@ -225,6 +228,50 @@ def _(messages):
     if messages[-1]["role"] == "assistant":
         return text
     return text.removesuffix("\n<|im_start|>assistant\n") + "<|im_start|>assistant\n"
+
+# %% ../../../exercises/solutions/03_templates.ipynb #25e4598f
+@q1.mistake("an open turn and another header",
+    "you leave the begun answer open, and then open another turn. After it comes nothing.")
+def _(messages): return _chatml(messages, begun="<|im_start|>assistant\n")
+
+@q1.mistake("all but a question counts as begun",
+    "a last message that is not the assistant's stays open. Only an answer can be begun.")
+def _(messages):
+    text = _chatml(messages)
+    if messages[-1]["role"] in ("user", "assistant"):
+        return text
+    return text.removesuffix("<|im_end|>\n<|im_start|>assistant\n")
+
+@q1.mistake("an equal answer stays open",
+    "an earlier answer that equals the last one stays open too. Look for the place "
+    "(`messages[-1]`), not for an equal message.")
+def _(messages):
+    text = _chatml(messages)
+    if messages[-1]["role"] == "assistant":
+        turn = _chatml(messages[-1:])
+        return text.replace(turn + "<|im_end|>\n", turn)
+    return text
+
+@q1.mistake("marks in a content are taken away",
+    "`<|im_end|>` is missing where it is a part of a content. ChatML writes contents as they are.")
+def _(messages): return _chatml(messages, say=lambda text: text.replace("<|im_end|>", ""))
+
+@q1.mistake("marks in the begun answer go",
+    "`<|im_end|>` may be a part of what was begun. Only the one after it goes.")
+def _(messages):
+    text, last = _chatml(messages), messages[-1]
+    if last["role"] == "assistant":
+        kept = last["content"].replace("<|im_end|>\n", "")
+        return text.removesuffix(last["content"]) + kept
+    return text
+
+@q1.mistake("the begun answer ends at a mark in it",
+    "`<|im_end|>` may be a part of what was begun. You cut at the first; only the last one goes.")
+def _(messages):
+    text, last = _chatml(messages), messages[-1]
+    if last["role"] == "assistant":
+        return text.removesuffix(last["content"]) + last["content"].partition("<|im_end|>")[0]
+    return text
 
 # %% ../../../exercises/solutions/03_templates.ipynb #1f41ed5e
 def answer_rows(messages):
@@ -475,6 +522,37 @@ def _(messages): return [(row["prompt"], row["completion"]) for row in _rows(mes
 def _(messages):
     return [dict(messages=row["prompt"] + row["completion"]) for row in _rows(messages)]
 
+# %% ../../../exercises/solutions/03_templates.ipynb #1390bcc4
+def _next_question(messages, i):
+    return next((k for k in range(i, len(messages)) if messages[k]["role"] == "user"),
+                len(messages))
+
+@q2.mistake("one list for several rows",
+    "several of your rows hold the same list as a prompt, and you add to it later, so a prompt "
+    "holds its answer too. Copy the list for each row.")
+def _(messages):
+    rows = _rows(messages)
+    places = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    return [dict(row, prompt=row["prompt"] + messages[i:_next_question(messages, i)])
+            for i, row in zip(places, rows)]
+
+@q2.mistake("a row for each question",
+    "you make a row for each question. A call and the answer after its result make two rows: "
+    "the model reads the result, it does not write it.")
+def _(messages):
+    rows = []
+    for i, m in enumerate(messages):
+        said = messages[i + 1:_next_question(messages, i + 1)]
+        if m["role"] == "user" and said:
+            rows.append(dict(prompt=[*map(_thoughtless, messages[:i]), m], completion=said))
+    return rows
+
+@q2.mistake("the last question but one",
+    "thoughts between the last question but one and the last one stay in your prompts. They go.")
+def _(messages):
+    def asked(prompt): return _last_question(prompt[:_last_question(prompt)])
+    return _rows(messages, asked=asked)
+
 # %% ../../../exercises/solutions/03_templates.ipynb #22bc380a
 def cut_special(pieces, special):
     "The parts of a layout: (text, whether it is a special token)."
@@ -497,7 +575,7 @@ def cut_special(pieces, special):
     return parts
     # END SOLUTION
 
-# %% ../../../exercises/solutions/03_templates.ipynb #7086f4ba
+# %% ../../../exercises/solutions/03_templates.ipynb #d78c9836
 q3 = Question("templates.cut_special", "Typed or meant", cut_special, stars=3, minutes=18,
     example=lambda: (
         [("<s>user\n", True), ("What does </s> do?", False), ("</s>\n", True)],
@@ -532,11 +610,14 @@ def _(rng):
         [(word() + b, False), (b[:2], False), (b[2:], True)],
         [(a, True), (word(), False), (word(), True), (word(), True), (b, True)],
         [(word(), False), (word() + c, False)],
+        [(word() + b[:2], True), (b[2:] + word(), False), (a, True)], # typed to its end
         [(a + word() + a + word(), True)],
         [(a + "system\n", True), (b + word() + a + word(), False),
          (b + "\n" + a + "user\n", True), (word(), False), (b + "\n", True)]]
     cases = [(layout, rng.sample([a, b, c], 3)) for layout in layouts]
-    return cases + [([(a, True), (word(), False)], []), ([(a + b, True)], [b])]
+    inst = [("[INST] ", True), ("What is [/INST]?", False), (" [/INST]", True)]
+    return cases + [([(a, True), (word(), False)], []), ([(a + b, True)], [b]),
+                    (inst, ["[INST]", "[/INST]"])]
 
 # %% ../../../exercises/solutions/03_templates.ipynb #47e41ee5
 def _parts(text, special): # (text, is_special), for a text of the template
@@ -701,6 +782,45 @@ def _(pieces, special):
         return [("", False)]
     return _cut(pieces, special)
 
+# %% ../../../exercises/solutions/03_templates.ipynb #f3fc0bcf
+@q3.mistake("typed to its end",
+    "a special token that the template begins and somebody types to its end becomes special. "
+    "It is one only if all of it is the template's.")
+def _(pieces, special):
+    begins, at = set(), 0 # where the template writes
+    for text, by_template in pieces:
+        begins |= set(range(at, at + len(text))) if by_template else set()
+        at += len(text)
+    parts, at = [], 0
+    for text, token in _parts("".join(text for text, _ in pieces), special):
+        parts.append((text, token and at in begins))
+        at += len(text)
+    return _merged(parts)
+
+@q3.mistake("a part that looks like a token",
+    "where somebody typed a special token and nothing else, it becomes special: "
+    "you ask whether a part is in `special`, not who wrote it.")
+def _(pieces, special): return [(text, text in special) for text, _ in _cut(pieces, special)]
+
+@q3.mistake("what was typed stands alone",
+    "what was typed is a part of its own. All plain text between two special tokens is one part, "
+    "whoever wrote it.")
+def _(pieces, special):
+    runs = [] # of the template's pieces; each typed one by itself
+    for text, by_template in pieces:
+        if by_template and runs and runs[-1][-1][1]:
+            runs[-1].append((text, True))
+        else:
+            runs.append([(text, by_template)])
+    return [part for run in runs for part in _cut(run, special)]
+
+@q3.mistake("angle brackets alone",
+    "you look for tokens in angle brackets. The special tokens are those in `special`; "
+    "others look different, such as `[INST]`.")
+def _(pieces, special):
+    return _cut(pieces, special, mark=lambda text, special: [
+        (part, part in special) for part in re.split("(<[^>]*>)", text) if part])
+
 # %% ../../../exercises/solutions/03_templates.ipynb #218cbad4
 def rendered(template, messages, add_generation_prompt=False):
     "The text that a Jinja template writes; in training, what is learned is between « and »."
@@ -734,7 +854,7 @@ def repaired(messages, add_generation_prompt):
         messages, add_generation_prompt)
     # END SOLUTION
 
-# %% ../../../exercises/solutions/03_templates.ipynb #9a341d63
+# %% ../../../exercises/solutions/03_templates.ipynb #d7619ba9
 q4 = Question("templates.repaired", "Repair a template", repaired,
     stars=2, minutes=12, seconds=60,
     example=lambda: (_talk(("user", "Capital of Peru?"), ("assistant", "Lima")), False),
@@ -762,7 +882,9 @@ def _(rng):
     made += [(talk, True) for talk in _talks(say, "u", "uu", "uau", "uauau")]
     made += [(_talk(("user", code())), False), (_talk(("user", code()), ("user", say())), False)]
     return made + [
-        (_talk(("user", say()), ("assistant", code())), False)]
+        (_talk(("user", say()), ("assistant", code())), False),
+        (_talk(("user", say()), ("assistant", "    y = 1\n")), False),
+        (_talk(("system", f"  {say()}\n"), ("user", say())), False)]
 
 # %% ../../../exercises/solutions/03_templates.ipynb #af526c5f
 def _laid_out(
@@ -923,6 +1045,39 @@ def _(messages, prompt):
     "you write `<|im_end|>`. The mark of these turns is `<|end|>`.")
 def _(*args): return _laid_out(*args).replace("<|end|>", "<|im_end|>")
 
+# %% ../../../exercises/solutions/03_templates.ipynb #2b988bd2
+def _edited(messages, prompt, old, new):
+    text = _laid_out(messages, False).replace(old, new)
+    return re.sub("[«»]", "", text) + "<|assistant|>\n" if prompt else text
+
+@q4.mistake("the system is trimmed",
+    "white space at the ends of the system text is lost. The content is written as it is.")
+def _(*args):
+    def say(m): return m["content"].strip() if m["role"] == "system" else m["content"]
+    return _laid_out(*args, say=say)
+
+@q4.mistake("questions and answers are trimmed",
+    "white space at the ends of a content is lost, and with it the indentation of code. "
+    "Remove `trim`.")
+def _(*args):
+    def say(m): return m["content"] if m["role"] == "system" else m["content"].strip()
+    return _laid_out(*args, say=say)
+
+@q4.mistake("the end of an answer is trimmed",
+    "white space at the end of an answer is lost. The content is written as it is.")
+def _(*args):
+    def say(m): return m["content"].rstrip() if m["role"] == "assistant" else m["content"]
+    return _laid_out(*args, say=say)
+
+@q4.mistake("no line end after an answer",
+    "the line end after an answer's `<|end|>` is missing. It stays when `<|end|>` moves.")
+def _(*args): return _edited(*args, "<|end|>»\n", "<|end|>»")
+
+@q4.mistake("a blank line before the answer",
+    "before an answer there is a line end too many. Jinja also writes a line end "
+    "of the template's own, unless there is a `-` at the brace after it.")
+def _(*args): return _edited(*args, "«", "\n«")
+
 # %% ../../../exercises/solutions/03_templates.ipynb #0dc4aac0
 LAYOUTS = {
     "ChatML": "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
@@ -997,7 +1152,7 @@ def layout_costs(nats, layouts, rows):
     return {name: cost - best for name, cost in costs.items()}
     # END SOLUTION
 
-# %% ../../../exercises/solutions/03_templates.ipynb #230354be
+# %% ../../../exercises/solutions/03_templates.ipynb #3dd39421
 q5 = Question("templates.layout_costs", "Which layout was it?", layout_costs,
     stars=2, minutes=12, seconds=60,
     example=lambda: (
@@ -1030,8 +1185,16 @@ def _(rng):
              ("What is {x}?", "A set."): 4.25, ("Say {question}.", "So."): 3.25}
     best_last = (Noted({("a1", "x"): 7.0, ("b1", "x"): 1.0}),
                  {"a": "a{question}", "b": "b{question}"}, [("1", "x")])
+    newline = r"What is \n?" # a backslash in a question
+    slash = (Noted({("Q: " + newline, "A line end."): 2.0, (newline, "A line end."): 3.5}),
+             {"plain": "{question}", "letter": "Q: {question}"}, [(newline, "A line end.")])
+    twice = (Noted({("a1", "x"): 7.0, ("a1", "y"): 2.0, ("b1", "x"): 1.0, ("b1", "y"): 4.0}),
+             {"a": "a{question}", "b": "b{question}"}, [("1", "x"), ("1", "y")])
+    long = (Noted({("a1", "long"): 2150.0, ("b1", "long"): 1900.0}),
+            {"a": "a{question}", "b": "b{question}"}, [("1", "long")])
     return [
-        best_last, one(1, "plain"), one(1, "colon", "plain"), one(2, "space", "colon"),
+        best_last, slash, twice, long, one(1, "plain"),
+        one(1, "colon", "plain"), one(2, "space", "colon"),
         one(3, "plain", "line"), one(3, "chat", "colon", "plain"), one(2, "json", "plain"),
         one(4, "colon", "jinja"), one(3, "late", "line"), one(5), one(6), one(4),
         (Noted(noted), {"plain": "{question}", "colon": "Q: {question} A:"}, braces),
@@ -1173,6 +1336,38 @@ def _(nats, layouts, rows):
     from statistics import median
     return _above({name: median(nats(_placed(layout, q), a) for q, a in rows)
                    for name, layout in layouts.items()})
+
+# %% ../../../exercises/solutions/03_templates.ipynb #2b9c287f
+@q5.mistake("re.sub reads the question",
+    "`re.sub` reads its second text: `\\n` in a question becomes a line end. "
+    "`replace` takes texts as they are.")
+def _(*args):
+    def place(layout, q): return re.sub(r"\{question\}", q, layout)
+    return _above(_means(*args, place=place))
+
+@q5.mistake("an equal question counts once",
+    "of rows with the same question only one counts (a dict keeps one value of a key).")
+def _(nats, layouts, rows): return layout_costs(nats, layouts, list(dict(rows).items()))
+
+@q5.mistake("the search begins too low",
+    "a long answer costs more nats than the number with which your search for the smallest "
+    "begins. Begin with the first mean, or use `min`.")
+def _(*args):
+    costs = _means(*args)
+    return _above(costs, min(100, *costs.values()))
+
+@q5.mistake("the sum goes on",
+    "the sum is not set back to 0 for the next layout.")
+def _(*args):
+    total, costs = 0, {}
+    for name, cost in _means(*args).items():
+        total += cost
+        costs[name] = total
+    return _above(costs)
+
+@q5.mistake("prompt and answer changed round",
+    "you call `nats(answer, prompt)`. The prompt comes first.")
+def _(nats, *args): return layout_costs(lambda prompt, answer: nats(answer, prompt), *args)
 
 # %% ../../../exercises/solutions/03_templates.ipynb #8d9952e6
 q6 = OpenQuestion("templates.fine_in_training", "Fine in training", stars=2, minutes=12,
