@@ -31,7 +31,7 @@ def layout(
 ) -> list: # of `Segment`
     "Lay a conversation out; raises a `TemplateError` where the template cannot."
     if template in (None, tokenizer.chat_template):
-        return segments_of(tokenizer, messages, tools=tools)
+        return segments_of(tokenizer, messages, tools=tools) # as `segments`, by its own template
     check_no_tools(tools)
     return segments(messages, template)
 
