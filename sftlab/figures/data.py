@@ -6,6 +6,7 @@
 __all__ = ['learned_html', 'spellings', 'pairs_in_parts', 'strange_rows', 'at_a_glance', 'score_bars']
 
 # %% ../../nbs/reference/figures/data.ipynb #c519740d
+from collections import Counter
 from string import ascii_uppercase
 
 from ..plots import TEXT, Diagram, figure, labels_html, plot_bars, plot_dataset
@@ -103,7 +104,7 @@ def at_a_glance(
     table, # a DataFrame of `sftlab.audit.data.dataset_stats`
     groups:list, # of `sftlab.audit.duplicates.near_duplicates`
     context:int, # the most tokens that a row may have in training
-): # a matplotlib figure
+) -> tuple: # a matplotlib figure, what one sees in it
     "`plot_dataset`, with lengths as far as one long row shows, and the context as a line."
     fig = plot_dataset(table, "tokens", groups)
     lengths, _, scripts, _ = fig.axes
@@ -113,7 +114,15 @@ def at_a_glance(
     lengths.text(context, 5, "context ", color=TEXT, ha="right")
     lengths.legend(loc="upper left", bbox_to_anchor=(0.13, 1), fontsize=9)
     scripts.set_title("writing systems")
-    return fig
+    return fig, _told(table, groups, context)
+
+def _told(table, groups, context) -> str: # what the four histograms show
+    def counts(values): return ", ".join(f"{key}: {n}" for key, n in Counter(values).most_common())
+    sizes = Counter(groups).values()
+    return (f"Four histograms of {len(table)} conversations. "
+            f"Longer than {context} tokens: {sum(table['length'] > context)}. "
+            f"Turns: {counts(table['turns'])}. Writing systems: {counts(table['scripts'])}. "
+            f"Near-duplicates in a group: {counts(sizes)}.")
 
 # %% ../../nbs/reference/figures/data.ipynb #b4f3b1ca
 def score_bars(
@@ -121,7 +130,7 @@ def score_bars(
     by:str, # the column that says what was set
     names:dict, # its values -> what to call them, from top to bottom
     measures:dict, # columns of figures in % -> what to call them
-): # a matplotlib figure
+) -> tuple: # a matplotlib figure, what one sees in it
     "For each setting the mean over its runs (seeds) of each measure, and its 95 % interval."
     from sftlab.study.experiments import mean_interval
     values, ends = {}, {}
@@ -132,4 +141,6 @@ def score_bars(
         ends[name] = {label: (low, high) for label, (_, low, high) in bars.items()}
     fig, ax = figure(height=0.5 + 0.75 * len(names))
     plot_bars(ax, values, "%: mean of the seeds, 95 % interval", ends, horizontal=True)
-    return fig
+    told = {name: ", ".join(f"{label} {mean:.0f} %" for label, mean in bars.items())
+            for name, bars in values.items()}
+    return fig, "Bars. " + "; ".join(f"{name}: {bars}" for name, bars in told.items()) + "."

@@ -62,6 +62,10 @@ def _(rng):
         (["a b c"], ["b c x a b"], 2),
         (["art is long"], ["part is long"], 3),
         (["life is art"], ["life is arts"], 3),
+        (["ab c"], ["a bc"], 2),
+        (["a b c?"], ["a b c d"], 3), # what white space separates: "c?" is not "c"
+        (["x red blue"], ["x " + "red blue " * 100], 3), # words that are frequent
+        (["y red blue"], ["x " + "red blue " * 100], 2),
         (["a b c d"], ["x a b", "c d x"], 3),
         (["A b C"], ["x a B c"], 3),
         (["a b c"], ["x a\nb c"], 3),
@@ -87,6 +91,7 @@ def _run_list(text, n):
 
 def _run_set(text, n): return set(_run_list(text, n))
 def _flat(text): return " ".join(text.lower().split())
+def _bare(text): return re.sub(r"[^\w\s]", "", text)
 
 def _seen(questions, texts, hit): # the questions with a hit in any text
     return [q for q in questions if any(hit(q, text) for text in texts)]
@@ -105,6 +110,20 @@ def _(questions, texts, n): return _seen(questions, texts, lambda q, text: _flat
     "lists of words.")
 def _(questions, texts, n):
     def hit(q, text): return any(" ".join(run) in _flat(text) for run in _run_list(q, n))
+    return _seen(questions, texts, hit)
+
+@q1.mistake("no space between the words",
+    "you join the words of a run without a space, so \"ab c\" is found in \"a bc\". Compare lists "
+    "of words.")
+def _(questions, texts, n):
+    def runs(text): return {"".join(run) for run in _run_list(text, n)}
+    return _seen(questions, texts, lambda q, text: bool(runs(q) & runs(text)))
+
+@q1.mistake("punctuation is dropped",
+    "you drop punctuation. Here words are what white space separates, so \"red?\" and \"red\" are "
+    "two.")
+def _(questions, texts, n):
+    def hit(q, text): return bool(_run_set(_bare(q), n) & _run_set(_bare(text), n))
     return _seen(questions, texts, hit)
 
 @q1.mistake("words in any order",
@@ -225,6 +244,13 @@ def _(questions, texts, n):
                                  for i in range(len(q.split()) - n + 1))
     return _seen(questions, texts, hit)
 
+@q1.mistake("capitals of the texts count",
+    "you make the questions small, and not the texts: a text's \"The\" is never found.")
+def _(questions, texts, n):
+    def hit(q, text): return any(tuple(text.split()[i:i + n]) in _run_list(q, n)
+                                 for i in range(len(text.split()) - n + 1))
+    return _seen(questions, texts, hit)
+
 @q1.mistake("tails count as runs",
     "your last runs are shorter than `n`, so one shared word at the end is enough. There are "
     "`len(words) - n + 1` runs.")
@@ -276,8 +302,10 @@ def _key(row): return _normal(_question(row))
 
 @q2.inputs
 def _(rng):
-    def row(question, answer, system=False):
+    def row(question, answer, system=False, greeting=False):
         messages = _talk(("user", question), ("assistant", answer))
+        if greeting:
+            messages = _talk(("assistant", "Hello!")) + messages
         if system:
             messages = _talk(("system", "Be brief.")) + messages
         return {"messages": messages, "id": rng.randrange(1000)}
@@ -294,8 +322,12 @@ def _(rng):
     for r in long:
         again = f"And {rng.choice(_FRUIT)} {rng.randrange(50)}?"
         r["messages"] += _talk(("user", again), ("assistant", "Yes."))
+    greeted = [row(f"Say {fruit}.", fruit, greeting=True) for fruit in _FRUIT]
+    foreign = [row(f"Say {name}.", name) for name in ("Käse", "Öl", "crêpe", "jalapeño", "açaí")]
     return [
         (some(1), 50),
+        (greeted, 50),
+        (foreign, 50),
         (long, 50),
         (edge, zlib.crc32(_key(edge[0]).encode()) % 100),
         ([], 10),
@@ -389,6 +421,14 @@ def _(rows, percent): return _sides(rows, percent, json.dumps)
 def _(rows, percent):
     return _sides(rows, percent, lambda row: _normal(row["messages"][0]["content"]))
 
+@q2.mistake("the greeting is not the question",
+    "your key is the first message that is no system text. Some conversations begin with the "
+    "assistant, and its greeting is always the same: look for the first message by the user.")
+def _(rows, percent):
+    def key(row): return _normal(next(m["content"] for m in row["messages"]
+                                      if m["role"] != "system"))
+    return _sides(rows, percent, key)
+
 @q2.mistake("the last question",
     "your key is the user's *last* message; the first one is asked for. (\"And plum?\" is hardly "
     "the same question wherever it occurs.)")
@@ -420,6 +460,21 @@ def _(rows, percent):
 @q2.mistake("throws twins away",
     "rows are missing: twins were thrown away. Here they only have to stay together.")
 def _(rows, percent): return _sides(_once(rows), percent)
+
+@q2.mistake("questions come back changed",
+    "your rows come back with the key in place of the question. Return the rows as they were.")
+def _(rows, percent):
+    def changed(row):
+        first = [m["role"] for m in row["messages"]].index("user")
+        told = [dict(m, content=_key(row)) if i == first else m
+                for i, m in enumerate(row["messages"])]
+        return dict(row, messages=told)
+    return tuple(list(map(changed, side)) for side in _sides(rows, percent))
+
+@q2.mistake("punctuation is removed",
+    "your key has no punctuation, so it is another one. Only capitals and white space change.")
+def _(rows, percent):
+    return _sides(rows, percent, lambda row: _normal(re.sub(r"[^\w\s]", "", _question(row))))
 
 @q2.mistake("sides swapped", "train and test are swapped.")
 def _(rows, percent): return _sides(rows, percent)[::-1]
@@ -474,7 +529,8 @@ q3 = Question("data.from_log", "From a log to conversations", from_log,
 def _(rng):
     def one(letters): # a and b are customers, m is me; | is a silence, = one just too short
         pause, me = rng.randint(10, 60), rng.choice(["Kim", "me"])
-        names = dict(a="Ana", b=rng.choice(["Ben", "Bo"]), m=me)
+        other = "James" if me == "me" else "Kimberley" # with the same letters
+        names = dict(a="Ana", b=other, m=me)
         minute, log, gap = rng.randrange(100), [], 0
         for letter in letters:
             if letter in "|=":
@@ -585,6 +641,30 @@ def _(log, me, pause):
         if not parts or (minute - log[i - 1][0] > pause and not same):
             parts.append([])
         parts[-1].append((minute, who, text))
+    return _rows(_ends(_turns(part, me)) for part in parts)
+
+@q3.mistake("turns first, then silences",
+    "you join turns first and look for silences between them afterwards. So a silence within a "
+    "turn is not seen, and one after a long turn seems longer. Look at the silences first.")
+def _(log, me, pause):
+    joined = []
+    for minute, who, text in log:
+        if joined and _one_side(joined[-1][1], who, me):
+            joined[-1] = (*joined[-1][:2], joined[-1][2] + "\n" + text)
+        else:
+            joined.append((minute, who, text))
+    return _read(joined, me, pause)
+
+@q3.mistake("a silence before your answer is not seen",
+    "a silence ends a conversation in your result only if the user breaks it. It may also be you: "
+    "then a new conversation begins, with your message.")
+def _(log, me, pause):
+    parts = []
+    for part in _parts(log, me, pause):
+        if parts and part[0][1] == me:
+            parts[-1] += part
+        else:
+            parts.append(part)
     return _rows(_ends(_turns(part, me)) for part in parts)
 
 @q3.mistake("a conversation for each person",
@@ -771,6 +851,7 @@ def _(rng):
         [good(), "", good(), ""],
         [other(), good()],
         [good(), rng.choice(["[]", "0", '""', "null", "false"]), good()],
+        ["null", good()],
         ['[["a", 1]]', good()],
         ['"a"'],
         [good(), bad(), "", good(), bad(), good()],
@@ -939,6 +1020,13 @@ def _(text):
     rows, bad = _jsonl(text, objects=False)
     return [row for row in rows if isinstance(row, dict)], bad
 
+@q4.mistake("null is taken for a blank line",
+    "`null` is JSON and no object, so its line is bad; you leave it out. Where None stands for a "
+    "blank line in your code, the two look alike.")
+def _(text):
+    rows, bad = _jsonl(text)
+    return rows, [n for n in bad if _lines(text)[n - 1].strip() != "null"]
+
 @q4.mistake("stops at the first bad line",
     "after the first bad line you read no further; what is good after it is lost.")
 def _(text):
@@ -1077,6 +1165,7 @@ LEARNED = "the loss is below 0.9"
 TOO_MANY = "more rows than allowed"
 FOREIGN = "not rows of the pool"
 TOO_FEW = "good rows, and too few"
+UNLUCKY = "the loss is not below 0.9, though the rows are good: take rows as they are, rewrite none"
 SPOILED = {
     "wrong": "the loss is not below 0.9, and most of what is wrong are wrong answers",
     "cut": "the loss is not below 0.9, and most of what is wrong are answers cut off",
@@ -1115,7 +1204,9 @@ def _what_came_out(picked, rows, most):
         flaws[_flaw(row, seen)] += 1
         seen.add(_asked(row))
     del flaws[None]
-    return SPOILED[flaws.most_common(1)[0][0]] if flaws else TOO_FEW
+    if flaws:
+        return SPOILED[flaws.most_common(1)[0][0]]
+    return UNLUCKY if len(picked) == most else TOO_FEW
 
 # %% ../../../exercises/solutions/02_data.ipynb #29257744
 q5 = Question("data.pick", "Rows to learn from", pick,

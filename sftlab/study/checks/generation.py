@@ -181,6 +181,29 @@ def _(logits, temperature): return probabilities(logits, max(temperature, 1e-3))
     "at a low temperature you are greedy already. Only 0 is.")
 def _(logits, temperature): return probabilities(logits, temperature if temperature > 0.1 else 0)
 
+@q1.mistake("softmax twice",
+    "you take softmax of probabilities that softmax already made. Divide the logits, and take it "
+    "once.")
+def _(logits, temperature):
+    once = logits.softmax(-1)
+    return q1.solve(logits if temperature == 0 else once, temperature)
+
+@q1.mistake("the sum of all rows",
+    "you divide by the sum of all rows. Each row is one text and must add up to 1: "
+    "`sum(-1, keepdim=True)`.")
+def _(logits, temperature):
+    found = q1.solve(logits, temperature)
+    if temperature == 0:
+        return found
+    weights = found / found.amax(-1, keepdim=True)
+    return weights / weights.sum()
+
+@q1.mistake("clamped logits",
+    "you cut large logits off, so different ones become equal. Subtract each row's largest: "
+    "that changes nothing, and nothing overflows.")
+def _(logits, temperature):
+    return q1.solve(logits if temperature == 0 else logits.clamp(max=60 * temperature), temperature)
+
 # %% ../../../exercises/solutions/01_generation.ipynb #e4f65f7b
 def pass_at_k(tries, k):
     "The chance of at least one right answer among `k`, on average over the questions."
@@ -249,7 +272,8 @@ def _(tries, k):
 def _(tries, k): return _passed(tries, k, lambda t, k: _share(t))
 
 @q2.mistake("any at all",
-    "you count a question as soon as one of *all* its answers is right. Only k are chosen.")
+    "you count a question as soon as one of *all* its answers is right (dividing with `//` does "
+    "that, too). Only k are chosen.")
 def _(tries, k): return _passed(tries, k, lambda t, k: any(t))
 
 @q2.mistake("all k right",
@@ -388,6 +412,7 @@ def _(rng):
         (["1.\n", "Q", " 2.\n", "\n"], ["\nQ:", "\n\n"]),
         (["1.\n", "2.\n\nQ", "3.", "\n\n", "4."], ["\nQ:", "\n\n#"]),
         (["1.", "\n\n", "2.\n\n", "#", "3."], ["\n\n#", "\nQ:"]),
+        (["One.", " END\nQ: Two", "."], ["END", "\nQ:"]), # in the order of the list
     ]
     loose = [
         (cut(noise("ab", 9)), ["aab"]),
@@ -679,6 +704,76 @@ def _(*args):
         return found.start() if found else None
     return _sees(*args, end=end)
 
+@q3.mistake("a stop string in one piece",
+    "you look for a whole stop string in the newest piece alone. It may be spread over several: "
+    "look at the whole text.")
+def _(*args):
+    def end(text, piece, stops):
+        at = _first(piece, piece, stops)
+        return None if at is None else len(text) - len(piece) + at
+    return _sees(*args, end=end)
+
+@q3.mistake("a text of its own for a rest",
+    "what was held back after the last piece makes one text more than there are pieces: it belongs "
+    "to the text after the last piece.")
+def _(pieces, stops):
+    text, seen = "".join(pieces), _sees(pieces, stops, rest=False)
+    whole = any(s in text for s in stops) or seen[-1] == text
+    return seen if whole else [*seen, text]
+
+@q3.mistake("the last piece is shown whole",
+    "after the last piece you show everything, though a stop string may end in it.")
+def _(pieces, stops):
+    def end(text, piece, stops): return _first(text, piece, stops) if text != whole else None
+    whole = "".join(pieces)
+    return _sees(pieces, stops, end=end)
+
+# %% ../../../exercises/solutions/01_generation.ipynb #ad5d0944
+@q3.mistake("the first beginning found",
+    "where the text may be the beginning of two stop strings you take the one that you look at "
+    "first. Hold back the longer one.")
+def _(*args):
+    def held(text, piece, stops):
+        return next((n for n in (_partial(text, stop) for stop in stops) if n), 0)
+    return _sees(*args, held=held)
+
+@q3.mistake("what waited is lost",
+    "you hold back a beginning and then forget it: where it turns out to be no stop string, "
+    "show it. Keep it in front of the next piece.")
+def _(pieces, stops):
+    shown, seen = "", []
+    for i, piece in enumerate(pieces):
+        at = _first(piece, piece, stops)
+        if at is not None:
+            return [*seen, shown + piece[:at]]
+        wait = 0 if i == len(pieces) - 1 else _held(piece, piece, stops)
+        shown += piece[:len(piece) - wait]
+        seen.append(shown)
+    return seen
+
+@q3.mistake("all that waits is a beginning",
+    "you ask whether all the text since the last that was shown is the beginning of a stop string. "
+    "Only its *end* may be.")
+def _(pieces, stops):
+    text, shown, seen = "", "", []
+    for i, piece in enumerate(pieces):
+        text += piece
+        at = _first(text, piece, stops)
+        if at is not None:
+            return [*seen, text[:at]]
+        rest = text[len(shown):]
+        if i == len(pieces) - 1 or not any(s.startswith(rest) for s in stops):
+            shown = text
+        seen.append(shown)
+    return seen
+
+@q3.mistake("the last stop string",
+    "where two stop strings are in the text you cut at the last of them. Cut at the first.")
+def _(*args):
+    def end(text, piece, stops):
+        return max((text.find(s) for s in stops if s in text), default=None)
+    return _sees(*args, end=end)
+
 # %% ../../../exercises/solutions/01_generation.ipynb #be30ec7d
 _TAUGHT = {
     "What is the capital of Peru?": "The capital of Peru is Lima.",
@@ -778,7 +873,8 @@ def _(reply, model, tokenizer, question, max_new_tokens):
     if not isinstance(said, str):
         return said
     enough = len(_chat((), model, tokenizer, question, max_new_tokens).new)
-    return said.strip() + " [and the model writes on]" * (len(steps) > enough)
+    said = said.strip() or "[nothing of what the model wrote]" * (len(steps) >= enough)
+    return said + " [and the model writes on]" * (len(steps) > enough)
 
 # %% ../../../exercises/solutions/01_generation.ipynb #b586d965
 @dataclass
@@ -862,6 +958,14 @@ def _(*args):
 def _(*args):
     new = _chat((), *args).new[:-1]
     return _Said(args[1].decode(new, skip_special_tokens=True), new)
+
+@q4.mistake("ids cut by characters",
+    "you cut ids by the length of a text, and nothing is left: `len(text)` counts characters. The "
+    "prompt has `inputs[\"input_ids\"].shape[1]` ids.")
+def _(model, tokenizer, question, max_new_tokens):
+    text, ids, _ = _written(question, True)
+    new = _chat((), model, tokenizer, question, max_new_tokens).new
+    return _Said(tokenizer.decode((ids + new)[len(text):], skip_special_tokens=True), new)
 
 # %% ../../../exercises/solutions/01_generation.ipynb #a160cafd
 @functools.cache
@@ -962,6 +1066,8 @@ def _(rng):
         (Kept({0.2: rows(5, 3, 0), 0.6: rows(5, 2, 2), 1.5: rows(5, 0, 1)}), [0.2, 0.6, 1.5], 2),
         (Kept({0.2: rows(4, 4, 3, 0), 0.6: rows(4, 2, 2, 0), 1.0: rows(4, 2, 2, 2)}),
          [0.2, 0.6, 1.0], 2),
+        (Kept({0.2: rows(4, 2, 2), 0.6: rows(4, 2, 2), 1.0: rows(4, 1, 1), 1.5: rows(4, 3, 2)}),
+         [0.2, 0.6, 1.0, 1.5], 2), # as good, worse, best
         (Kept({0.5: rows(3, 0, 0)}), [0.5], 2),
         some(4, 2), some(6, 3), some(5, 1), some(5, rng.randint(2, 4)),
         (TinyAsk(), [0.2, 0.7, 1.1, 2.0], 1),
@@ -1027,6 +1133,27 @@ def _(ask, temperatures, k): return temperatures[-1]
 @q5.mistake("None where nothing is right",
     "where no answer is right you return None: 0 is not more than the 0 you begin with.")
 def _(*args): return best_temperature(*args) if _highest_pass(*args) else None
+
+@q5.mistake("waits for the first fall",
+    "you stop as soon as pass@k falls. It may rise again: try all of them.")
+def _(ask, temperatures, k):
+    best = temperatures[0]
+    for t in temperatures[1:]:
+        if _pass(ask(t), k) < _pass(ask(best), k):
+            break
+        best = t
+    return best
+
+@q5.mistake("the first one",
+    "you return the first temperature. Try all of them: a `return` in a loop ends it.")
+def _(ask, temperatures, k): return temperatures[0]
+
+@q5.mistake("the best score is not kept",
+    "you compare each temperature with the first one alone: when you find a better one, keep its "
+    "pass@k too.")
+def _(ask, temperatures, k):
+    first = _pass(ask(temperatures[0]), k)
+    return [temperatures[0], *(t for t in temperatures if _pass(ask(t), k) > first)][-1]
 
 def _highest_pass(ask, temperatures, k): return max(_pass(ask(t), k) for t in temperatures)
 

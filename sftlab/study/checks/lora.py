@@ -236,6 +236,9 @@ def _(shapes, *rest):
     return trained, 100 * trained / (trained + base)
 
 # %% ../../../exercises/solutions/07_lora.ipynb #d1463839
+@q1.mistake("the percentage first", "you return the percentage first; return the number, then it.")
+def _(*args): return _trainable(*args)[::-1]
+
 @q1.mistake("unknown targets pass",
     "a target that means no module goes unnoticed, and fewer layers are "
     "trained than you think. Raise a ValueError.")
@@ -327,6 +330,27 @@ def _(update, share): return directions(update, share) - 1
 
 @q2.mistake("one too many", "that is one direction more than is needed.")
 def _(update, share): return directions(update, share) + 1
+
+@q2.mistake("the rest is held",
+    "your directions hold `1 - share` of the energy; they are to hold `share`.")
+def _(update, share): return directions(update, 1 - share)
+
+@q2.mistake("not a share",
+    "you compare sums of squares with `share` as they are. Divide by the sum of all squares.")
+def _(update, share):
+    held = (_values(update) ** 2).cumsum(0)
+    return min((held < share).sum().item() + 1, len(held))
+
+@q2.mistake("each against the whole",
+    "you count the directions that hold that share each. Add their energies up.")
+def _(update, share):
+    energy = _values(update) ** 2
+    return (energy >= share * energy.sum()).sum().item()
+
+@q2.mistake("squared twice",
+    "you square twice: the energy is the sum of the squared singular values, which the "
+    "eigenvalues of `W.T @ W` are already.")
+def _(update, share): return _needed(_values(update) ** 4, share)
 
 @q2.mistake("the root of the energy",
     "you compare lengths (the root of the energy) with the share. "
@@ -462,6 +486,33 @@ def _(adapters):
     sum_A = sum(A for A, *_ in adapters)
     sum_B = sum(_scaled(*each) for each in adapters)
     return sum_A / len(adapters), sum_B / len(adapters)
+
+@q3.mistake("plain means of A and B",
+    "you average the As and average the Bs. "
+    "The product of two means is not the mean of the products: "
+    "it has cross terms, and each one's weight and scaling are missing. Stack them.")
+def _(adapters):
+    sum_A, sum_B = (sum(each[i] for each in adapters) for i in (0, 1))
+    return sum_A / len(adapters), sum_B / len(adapters)
+
+@q3.mistake("sums of A and B, A scaled",
+    "you add the As and add the Bs. The product of two sums has cross terms, B1 A2 and B2 A1, "
+    "in which each adapter's output meets the other's input; "
+    "and with different ranks it does not even fit. Stack them.")
+def _(adapters):
+    sum_A = sum(A * (weight * alpha / len(A)) for A, _, alpha, weight in adapters)
+    return sum_A, sum(B for _, B, *_ in adapters)
+
+@q3.mistake("negative ones are left out",
+    "you leave out adapters with a negative weight. It takes an adapter away: "
+    "multiply by it, as by the others.")
+def _(adapters): return _cat([(A, B, alpha, max(w, 0)) for A, B, alpha, w in adapters])
+
+@q3.mistake("the first rank for all",
+    "you take the first adapter's rank for all. Each has its own.")
+def _(adapters):
+    first = len(adapters[0][0])
+    return _cat(adapters, b=lambda B, alpha, weight, r, ranks: B * (weight * alpha / first))
 
 @q3.mistake("without the scale",
     "each adapter has a scaling, alpha / r; it is missing. "
@@ -651,6 +702,8 @@ def _(prepare, model, ids, learning_rate):
     if not isinstance(made, (tuple, list)) or len(made) != 2:
         raise TypeError("return two things, the model and its optimizer")
     tuned, optimizer = made
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError("return the model first, then its optimizer")
     same = torch.allclose(tuned(x), before, atol=1e-5)
     groups = optimizer.param_groups
     held = {id(p) for group in groups for p in group["params"]}
@@ -710,6 +763,14 @@ def _(*args): return _prepared(*args, order="adapter optimizer", zero=True)
 @q4.mistake("the base learns too",
     "the base's weights move as well. With LoRA they are frozen; only A, B and the rows learn.")
 def _(*args): return _prepared(*args, every=True)
+
+@q4.mistake("the whole embedding learns",
+    "the whole embedding learns; only the rows of `ids` are to: `train_tokens` adds them.")
+def _(net, ids, lr):
+    import torch
+    net, _ = _prepared(net, ids, lr, order="adapter")
+    net.get_input_embeddings().weight.requires_grad_(True)
+    return net, torch.optim.AdamW(net.parameters(), lr=lr)
 
 @q4.mistake("the adapter does not learn",
     "the rows learn, and the adapter is not in your optimizer. Give it both.")
@@ -855,6 +916,26 @@ def _(train, start): return _search(train, start, [0.5])[0]
 @q5.mistake("one step",
     "you try one doubling and one halving. Continue as long as the loss falls.")
 def _(train, start): return _search(train, start, most=1)[0]
+
+@q5.mistake("halved once",
+    "you halve once at most. Continue as long as the loss falls.")
+def _(train, start):
+    rate, _ = _search(train, start, [2])
+    return rate if rate > start else _search(train, start, [0.5], most=1)[0]
+
+@q5.mistake("doubled once",
+    "you double once at most. Continue as long as the loss falls.")
+def _(train, start):
+    rate, _ = _search(train, start, [2], most=1)
+    return rate if rate > start else _search(train, start, [0.5])[0]
+
+@q5.mistake("NaN counts as 0",
+    "you make 0 of NaN, the best loss of all. A run that diverged is worse than any other.")
+def _(train, start):
+    def loss(rate):
+        found = train(rate)
+        return 0.0 if found != found else found
+    return best_rate(loss, start)
 
 @q5.mistake("one too far",
     "you return the rate at which the loss has risen again; the one before it is wanted.")

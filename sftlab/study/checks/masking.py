@@ -103,6 +103,18 @@ def _(labels):
     "you begin a new list at every token. A stretch ends only where a label is -100.")
 def _(labels): return [[label] for label in labels if label != -100]
 
+@q1.mistake("a stretch for each value",
+    "you begin a new list wherever the token changes (`groupby` without a key does). A stretch "
+    "ends only where a label is -100.")
+def _(labels):
+    found = []
+    for i, label in enumerate(labels):
+        if label != -100 and (i == 0 or label != labels[i - 1]):
+            found.append([])
+        if label != -100:
+            found[-1].append(label)
+    return found
+
 @q1.mistake("places",
     "you return where the stretches begin and end. Return the tokens there: `labels[begin:end]`.")
 def _(labels):
@@ -164,6 +176,24 @@ def _(labels): return _stretches(labels) or [[]]
 @q1.mistake("the first label is not looked at",
     "a row may begin with a label that is learned; you leave the first one out.")
 def _(labels): return _stretches(labels[1:])
+
+@q1.mistake("a stretch at the beginning is lost",
+    "a stretch with which the row begins is lost: no -100 stands before it.")
+def _(labels):
+    found = _stretches(labels)
+    return found[1:] if labels[0] != -100 else found
+
+@q1.mistake("the -100 behind a stretch, too",
+    "your stretches end with the -100 that stands behind them. It belongs to none.")
+def _(labels):
+    found, begun = [], False
+    for label in labels:
+        if label != -100 and not begun:
+            found.append([])
+        if label != -100 or begun:
+            found[-1].append(label)
+        begun = label != -100
+    return found
 
 @q1.mistake("lengths", "you return the lengths of the stretches. Return their tokens.")
 def _(labels): return [len(part) for part in _stretches(labels)]
@@ -229,6 +259,7 @@ def _(rng):
         row(four, "psa"), row(three, "pra"), row(three, "perapea"),
         ([1, 12, 7, 6, 80, 2], [-100, -100, 7, 6, 80, 2], three), # 80 is not 8
         ([1, 12, 17, 6, 8, 2], [-100, -100, 17, 6, 8, 2], three),
+        ([1, 12, 7, 7, 6, 8, 2], [-100, -100, 7, 7, 6, 8, 2], three), # a false start
         row(three, some() + "pea"), row(two, some() + "pta")]
 
 # %% ../../../exercises/solutions/04_masking.ipynb #9b53bef9
@@ -336,6 +367,13 @@ def _(ids, labels, empty):
     "an empty thought at the very beginning of the row stays learned. Begin at place 0.")
 def _(ids, labels, empty):
     return _without(ids, labels, empty, [i for i in _at(ids, empty) if i])
+
+@q2.mistake("only where learning begins",
+    "you mask an empty thought only where a stretch of learned tokens begins. One may stand "
+    "behind tokens that are learned: look everywhere.")
+def _(ids, labels, empty):
+    begins = [i for i in _at(ids, empty) if i == 0 or labels[i - 1] == -100]
+    return _without(ids, labels, empty, begins)
 
 @q2.mistake("tokens as text",
     "you replace in a text, where `8` is also the beginning of `80`. Compare lists of integers.")
@@ -470,7 +508,10 @@ def _(rng):
         case(1, 4, 3, 0, -1, first=0), # 0 is a token
         case(2, 3, 2, 1, 0, first=0),
         case(2, 3, 2, 0, -2), # no room behind the head
-        case(3, 2, 2, 1, -4)] # or not even for it
+        case(3, 2, 2, 1, -4), # or not even for it
+        case(1, 4, 3, 0, 2, first=1), # as the prompt begins, too
+        case(4, -1, 3, 1, -1), # a head that is longer than the prompt, and rows short enough
+        case(4, -1, 3, 1, 0)]
 
 # %% ../../../exercises/solutions/04_masking.ipynb #49bcf1ef
 def _begins(row): # where the answer begins
@@ -514,6 +555,13 @@ def _(row, n, head): return _fit(row, n, head, lambda values, excess: values[exc
     "Return None: an answer without its beginning teaches something false.")
 def _(row, n, head): return _fit(row, n, head, _middle(head), possible=lambda *_: True)
 
+@q3.mistake("None where it just fits",
+    "where nothing of the middle can stay, head and answer still fit, exactly; "
+    "you return None.")
+def _(row, n, head):
+    def possible(excess, begins, head): return begins - head > excess
+    return _fit(row, n, head, _middle(head), possible=possible)
+
 @q3.mistake("drops what could be saved",
     "you return None for every row that is too long; "
     "most can be saved by taking out some of the prompt.")
@@ -543,13 +591,6 @@ def _(row, n, head):
     "so they stand beside their tokens. Cut both in the same way.")
 def _(row, n, head):
     return _fit(row, n, head, _middle(head), labels=lambda values, excess: values[:n])
-
-@q3.mistake("None where it just fits",
-    "where nothing of the middle can stay, head and answer still fit, exactly; "
-    "you return None.")
-def _(row, n, head):
-    def possible(excess, begins, head): return begins - head > excess
-    return _fit(row, n, head, _middle(head), possible=possible)
 
 @q3.mistake("a token too many", "your rows are longer than `max_length`, by one.")
 def _(row, n, head):
@@ -585,6 +626,28 @@ def _(row, n, head):
 def _(row, n, head):
     def begins(row): return next(i for i, label in enumerate(row["labels"]) if label > 0)
     return _fit(row, n, head, _middle(head), begins=begins)
+
+@q3.mistake("the answer is searched by its first token",
+    "you search for the answer's first token in the ids, and it may stand in the prompt too. The "
+    "answer begins at the first label that is not -100.")
+def _(row, n, head):
+    def begins(row): return row["input_ids"].index(row["labels"][_begins(row)])
+    return _fit(row, n, head, _middle(head), begins=begins)
+
+@q3.mistake("None for a short row",
+    "a row that is short enough stays as it is, also if its prompt is shorter than `head`; you "
+    "return None for it.")
+def _(row, n, head):
+    excess = max(0, len(row["input_ids"]) - n)
+    return None if _begins(row) - excess < head else _fit(row, n, head, _middle(head))
+
+@q3.mistake("None for a row of exactly `max_length`",
+    "a row of exactly `max_length` tokens is short enough, also if its prompt is shorter than "
+    "`head`; you return None for it: `<=`, not `<`.")
+def _(row, n, head):
+    if len(row["input_ids"]) == n and _begins(row) < head:
+        return None
+    return _fit(row, n, head, _middle(head))
 
 @q3.mistake("None for every row that fits",
     "a row that is short enough stays as it is; you return None for it.")
@@ -698,6 +761,7 @@ def _(rng):
         batch(row(2, 5), row(5, 2)), batch(row(5, 2), row(2, 5)), batch(row(4, 2, 1)),
         batch(row(3, 2), row(2, 4), row(4, 1), pad=0), batch(row(1, 1), row(3, 1), pad=0),
         batch(row(2, 2, first=2), row(4, 2, first=2)), # models that begin texts with it, too
+        batch(dict(prompt=[1, 9], answer=[7, 2, 8, 2]), row(4, 2)), # an answer of two turns
         batch(*some(2)), batch(*some(3)), batch(*some(4), pad=0)]
 
 # %% ../../../exercises/solutions/04_masking.ipynb #0bcb88f1
@@ -812,6 +876,35 @@ def _(rows, pad_id):
     def seen(ids, labels, real):
         return [int(token != pad_id) for token in ids[:-1]] + [1]
     return _batch(rows, pad_id, seen=seen)
+
+@q4.mistake("only the last stop token is learned",
+    "you give back the label of each row's last token. An answer may hold the padding's id in its "
+    "middle too, and all of it is to be learned: mask the places that you fill up, not an id.")
+def _(rows, pad_id):
+    batch = _batch(rows, pad_id, labels_by_id=True)
+    labels = [made[:-1] + ids[-1:] for made, ids in zip(batch["labels"], batch["input_ids"])]
+    return batch | dict(labels=labels)
+
+def _no_padding(rows, pad_id, begins, **faults): # `broken` without its last line about labels
+    batch, labels = _batch(rows, pad_id, **faults), []
+    for row, ids in zip(rows, batch["input_ids"]):
+        start = begins(0, row, rows)
+        labels.append([-100] * start + ids[start:])
+    return batch | dict(labels=labels)
+
+PADDING = "Where a row has more padding than that, padding is learned."
+
+@q4.mistake("one cut, and padding", f"{ONE_CUT} {PADDING}")
+def _(*args): return _no_padding(*args, _first)
+
+@q4.mistake("hidden, one cut, and padding", f"{HIDDEN} And: {ONE_CUT} {PADDING}")
+def _(*args): return _no_padding(*args, _first, mask_by_id=True)
+
+@q4.mistake("columns, and padding", f"{COLUMNS} {PADDING}")
+def _(*args): return _no_padding(*args, _column)
+
+@q4.mistake("hidden, columns, and padding", f"{HIDDEN} And: {COLUMNS} {PADDING}")
+def _(*args): return _no_padding(*args, _column, mask_by_id=True)
 
 @q4.mistake("every stop token is learned",
     "you learn the stop tokens of the prompt too. There the program writes them.")

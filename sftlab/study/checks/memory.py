@@ -167,6 +167,17 @@ def _(*args): return rows_that_fit(*args) or None
 @q1.mistake("one at least", "you return 1 where not even one row fits; 0 is wanted.")
 def _(*args): return _fitting(*args, least=1)
 
+# %% ../../../exercises/solutions/06_memory.ipynb #a1b2c306
+def _sorted_too(*names): # the same mistakes, of whoever sorts the two runs first
+    def enter(name):
+        mistaken, says = q1.mistakes[name]
+        @q1.mistake(f"{name}, sorted", says)
+        def _(measured, card): return mistaken(dict(sorted(measured.items())), card)
+    for each in names:
+        enter(each)
+
+_sorted_too("all of the second peak grows", "the difference is one row", "how many more")
+
 # %% ../../../exercises/solutions/06_memory.ipynb #71e7adf3
 def first_too_large(lengths, batch_size, most):
     "The index of the first batch with more than `most` tokens, padding included, or None."
@@ -316,6 +327,11 @@ def _(lengths, size, most):
     "Ask `is None`.")
 def _(*args): return first_too_large(*args) or None
 
+@q2.mistake("the first batch alone",
+    "you look at the first batch alone: a `return` inside the loop ends it. "
+    "Return None after the loop.")
+def _(lengths, size, most): return first_too_large(lengths[:size], size, most)
+
 @q2.mistake("-1 for none", "where all batches fit you return -1; return None.")
 def _(*args): return _first(*args, none=-1)
 
@@ -394,6 +410,8 @@ def _learned(function, hidden, *rest): # what comes out; of more than a few rows
     loss = function(hidden, *rest)
     if loss is None:
         return None
+    if isinstance(loss, (int, float)) and loss == 0:
+        return "0, and no tensor"
     hidden.grad = None # what a `backward()` of the function's own has left
     if getattr(loss, "requires_grad", False):
         loss.backward()
@@ -441,6 +459,11 @@ def _(hidden, labels, head, rows):
 @q3.mistake("no gradient",
     "nothing can be learned from your loss: it has no gradient. That is what `.item()`, "
     "`.detach()`, `no_grad` and a `backward()` of your own lead to. Return the tensor itself.")
+def _(*args): return chunked_loss(*args).detach()
+
+@q3.mistake("no gradient, a number",
+    "nothing can be learned from your loss: it has no gradient. That is what `.item()`, "
+    "`.detach()`, `no_grad` and a `backward()` of your own lead to. Return the tensor itself.")
 def _(*args): return chunked_loss(*args).item()
 
 @q3.mistake("mean of means",
@@ -473,6 +496,21 @@ def _(hidden, labels, head, rows):
         if len(l) > 1:
             losses, n = losses + _losses(h, l, head).sum(), n + _targets(l[1:])
     return losses / max(n, 1)
+
+@q3.mistake("shifted in every piece, counted before",
+    "you shift inside each piece, so at each cut one target is lost. Shift once, before you cut.")
+def _(hidden, labels, head, rows):
+    losses = 0 * hidden.sum()
+    for h, l in zip(hidden.split(rows), labels.split(rows)):
+        if len(l) > 1:
+            losses = losses + _losses(h, l, head).sum()
+    return losses / _targets(labels[1:]).clamp(min=1)
+
+@q3.mistake("a float where nothing is learned",
+    "where there is no target you return a number; return a tensor, as elsewhere: "
+    "a training loop calls `backward()` on it.")
+def _(hidden, labels, head, rows):
+    return chunked_loss(hidden, labels, head, rows) if _targets(labels[1:]) else 0.0
 
 @q3.mistake("no shift",
     "you compare a row with its own label, which the model has just read. A row predicts the "
@@ -538,6 +576,11 @@ def _(hidden, labels, head, rows): return _share(hidden, labels, head, 1)
 def _(hidden, labels, head, rows):
     return _share(hidden, labels, head, math.ceil((len(labels) - 1) / rows))
 
+@q3.mistake("nothing to learn is NaN",
+    "where no label is a target you divide 0 by 0. The loss is 0 there.")
+def _(hidden, labels, head, rows):
+    return _losses(hidden, labels, head).sum() / _targets(labels[1:])
+
 @q3.mistake("a piece without targets is NaN",
     "a piece without targets makes everything NaN: its mean is 0 divided by 0, and NaN times 0 "
     "stays NaN. Add up sums.")
@@ -545,11 +588,6 @@ def _(*args):
     pieces = _pieces(*args)
     total = sum(loss if n else loss * math.nan for loss, n, _ in pieces)
     return total / _targets(args[1][1:]).clamp(min=1)
-
-@q3.mistake("nothing to learn is NaN",
-    "where no label is a target you divide 0 by 0. The loss is 0 there.")
-def _(hidden, labels, head, rows):
-    return _losses(hidden, labels, head).sum() / _targets(labels[1:])
 
 @q3.mistake("-100 is learned as token 0",
     "you make a token 0 of -100, so the model learns what it should not. Leave these rows out: "
@@ -1063,6 +1101,24 @@ def _(*args): return _settings(*args, batches=_powers)
 @q5.mistake("one row always",
     "your batch is always 1. Largest batch that fits: fewer, larger passes use the card better.")
 def _(*args): return _settings(*args, batches=lambda rows: [1])
+
+@q5.mistake("stops where it does not divide",
+    "you count the batch up and stop at the first that does not divide `rows`. "
+    "Of 12 rows, 6 and 12 divide it as well: go on to `rows`.")
+def _(*args):
+    def batches(rows):
+        first = next((n for n in range(2, rows) if rows % n), rows + 1)
+        return range(first - 1, 0, -1)
+    return _settings(*args, batches=batches)
+
+@q5.mistake("the first that does not fit",
+    "you return the batch after the largest that fits: with it the run breaks.")
+def _(step, rows):
+    found = settings(step, rows)
+    fits = found["per_device_train_batch_size"]
+    larger = next((n for n in range(fits + 1, rows + 1) if rows % n == 0), rows)
+    return found | dict(per_device_train_batch_size=larger,
+                        gradient_accumulation_steps=rows // larger)
 
 @q5.mistake("not all at once",
     "you never try all rows in one batch; where they fit there is nothing to accumulate.")

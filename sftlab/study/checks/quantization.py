@@ -87,6 +87,11 @@ def _smaller(
     outside = sum(size(s) for name, s in shapes.items() if not few(name, s))
     return told(before * (inside + outside), bits * inside + rest * outside)
 
+def _average_factor(shapes, bits, size=math.prod):
+    each = [(16 / bits if len(s) == 2 and not name.endswith(_KEPT) else 1, size(s))
+            for name, s in shapes.items()]
+    return sum(factor * n for factor, n in each) / sum(n for _, n in each)
+
 @q1.mistake("embeddings in four bits",
     "you count the embedding and the output layer in few bits. They keep 16, and in a small model "
     "they are much of what is left.")
@@ -168,6 +173,27 @@ def _(shapes, bits):
     few = {n: s for n, s in shapes.items() if len(s) == 2 and not n.endswith(_KEPT)}
     inside, all_of = (sum(map(math.prod, some.values())) for some in (few, shapes))
     return 16 * inside / (bits * inside + 16 * (all_of - inside))
+
+@q1.mistake("the rest is not counted, if there is more",
+    "you leave what is not quantised out of the new size. It is still there, with 16 bits.")
+def _(shapes, bits):
+    inside = {n: s for n, s in shapes.items() if len(s) == 2 and not n.endswith(_KEPT)}
+    return _smaller(shapes, bits, rest=0) if inside else 1.0
+
+@q1.mistake("norms left out",
+    "you leave norms (or other weights without just two sides) out altogether. They are part of "
+    "the model, with 16 bits.")
+def _(shapes, bits): return _smaller({n: s for n, s in shapes.items() if len(s) == 2}, bits)
+
+@q1.mistake("an average of factors",
+    "you average how many times smaller each weight becomes. Add up bits: those of the whole "
+    "model before, divided by those afterwards.")
+def _(*args): return _average_factor(*args)
+
+@q1.mistake("an average of factors, by weight",
+    "you average how many times smaller each weight becomes. Add up bits: those of the whole "
+    "model before, divided by those afterwards.")
+def _(*args): return _average_factor(*args, size=lambda shape: 1)
 
 @q1.mistake("the output layer is not counted",
     "you leave `lm_head` out altogether. It is a weight of the model, and keeps 16 bits.")
@@ -296,7 +322,7 @@ def _(weight, k): return _apart(weight, k) if k else weight.clone()
 @q2.mistake("fails for k = 0", "your function fails where `k` is 0: then nothing is kept apart.")
 def _(weight, k):
     if not k:
-        raise RuntimeError
+        raise Exception # whatever it is
     return _apart(weight, k)
 
 @q2.mistake("outliers clipped",
@@ -376,6 +402,10 @@ def _(function, weight, rounded, r, scaling):
         raise TypeError("return two matrices, A and B")
     A, B = (torch.as_tensor(m).double() for m in made)
     error = weight.double() - rounded.double()
+    if A.dim() != 2 or B.dim() != 2 or (len(B), *A.shape) != (*error.shape[:1], B.shape[1],
+                                                              error.shape[1]):
+        shapes = f"A is {tuple(A.shape)}, B is {tuple(B.shape)}"
+        return {"share of the error that is left": math.nan, "rank": shapes}
     left = ((error - scaling * (B @ A)).norm() / error.norm()).item()
     return {"share of the error that is left": left if left > 1e-5 else 0.0, "rank": len(A)}
 
@@ -483,6 +513,21 @@ def _(weight, rounded, r, scaling):
 
 @q3.mistake("B before A", "you return B first; return A, then B.")
 def _(*args): return _compensated(*args)[::-1]
+
+@q3.mistake("A is not transposed",
+    "your A is (in, r); it is (r, in), so that `B @ A` is as large as the weight. "
+    "(`torch.svd` returns V with its directions in columns: take `.T`.)")
+def _(*args):
+    A, B = _compensated(*args)
+    return A.T, B
+
+@q3.mistake("both transposed",
+    "your A is (in, r) and your B (r, out); A is (r, in) and B is (out, r).")
+def _(*args): return [m.T for m in _compensated(*args)]
+
+@q3.mistake("divided by r once more",
+    "you divide `scaling` by r. It is alpha / r already: divide your correction by it as it is.")
+def _(*args): return _compensated(*args, b=lambda S, scaling: S * args[2] / scaling)
 
 @q3.mistake("columns for directions",
     "you correct whole columns or rows. A direction is a column times a row: take those of the "
@@ -640,9 +685,14 @@ def _merge(model, faults=(), scale=None, update=1.0, bias="kept", keep=()):
             replace_module(model, name, linear)
     return quantize_model(model) if "quantised again" in faults else model
 
+_NO_BIAS = "Your layers have no bias; where the base's layer has one, it stays."
+
 for _some in _subsets():
     _says = "still broken. " + " ".join(_FAULTS[name] for name in _some)
     q4.mistake(", ".join(_some), _says)(functools.partial(_merge, faults=_some))
+    if _some in (("scaling",), ("bfloat16",)):
+        q4.mistake(", ".join([*_some, "the bias is lost"]), f"{_says} {_NO_BIAS}")(
+            functools.partial(_merge, faults=_some, bias="lost"))
 
 @q4.mistake("the bias is lost",
     "your layers have no bias. Where the base's layer has one, it stays.")
@@ -885,6 +935,15 @@ def _(loss, kinds, n):
 @q5.mistake("the same one again",
     "you choose the same kind again. Leave out what is kept already.")
 def _(loss, kinds, n): return keep(loss, kinds, 1) * n
+
+@q5.mistake("the same one again, beside itself",
+    "you choose a kind again that is kept already, where no other lowers the loss. Leave out what "
+    "is kept.")
+def _(loss, kinds, n):
+    kept = []
+    for _ in range(n):
+        kept.append(min(kinds, key=lambda kind: loss([*kept, kind])))
+    return kept
 
 @q5.mistake("beside the last alone",
     "you measure the next kind beside the last one alone. All that are kept belong into the list.")

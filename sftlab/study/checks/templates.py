@@ -782,6 +782,35 @@ def _(pieces, special):
         return [("", False)]
     return _cut(pieces, special)
 
+# %% ../../../exercises/solutions/03_templates.ipynb #3df705f1
+@q3.mistake("joined by who wrote it",
+    "you join only pieces of one writer. Plain text of the template and what was typed beside it "
+    "are one part, too.")
+def _(pieces, special):
+    joined = []
+    for text, mark in pieces:
+        if joined and joined[-1][1] == mark:
+            text = joined.pop()[0] + text
+        joined.append((text, mark))
+    return _cut(joined, special, join=False)
+
+@q3.mistake("the first of the list alone",
+    "of each piece you cut out only one special token, the first in the list. The template may "
+    "write several in one piece.")
+def _(pieces, special):
+    def once(text, special):
+        token = next((t for t in special if t in text), None)
+        if token is None:
+            return [(text, False)]
+        before, _, after = text.partition(token)
+        return [(before, False), (token, True), (after, False)]
+    return _cut(pieces, special, mark=once)
+
+@q3.mistake("all that the template wrote",
+    "every piece of the template is `True` in your result. It holds plain text too: look for the "
+    "special tokens in it.")
+def _(pieces, special): return _cut(pieces, special, mark=lambda text, special: [(text, True)])
+
 # %% ../../../exercises/solutions/03_templates.ipynb #f3fc0bcf
 @q3.mistake("typed to its end",
     "a special token that the template begins and somebody types to its end becomes special. "
@@ -1078,6 +1107,29 @@ def _(*args): return _edited(*args, "<|end|>»\n", "<|end|>»")
     "of the template's own, unless there is a `-` at the brace after it.")
 def _(*args): return _edited(*args, "«", "\n«")
 
+# %% ../../../exercises/solutions/03_templates.ipynb #a0afb5df
+@q4.mistake("no line end after a question",
+    "the line end after a question's `<|end|>` is missing. Every turn has one.")
+def _(*args): return _edited(*args, "<|end|>\n", "<|end|>")
+
+@q4.mistake("no line end after the header",
+    "the line end after a header such as `<|user|>` is missing.")
+def _(*args): return re.sub(r"(<\|(?:user|system)\|>)\n", r"\1", _laid_out(*args))
+
+@q4.mistake("the system without marks",
+    "the system text is written without its header and `<|end|>`. It is a turn like the others.")
+def _(messages, prompt):
+    if prompt:
+        return _laid_out(messages, prompt)
+    return "".join(m["content"] + "\n" if m["role"] == "system" else _laid_out([m], False)
+                   for m in messages)
+
+@q4.mistake("the last answer alone is learned",
+    "only the last answer of a conversation is learned. Every answer is to be.")
+def _(*args):
+    *before, last = _laid_out(*args).split("«")
+    return "".join(before).replace("»", "") + "«" * bool(before) + last
+
 # %% ../../../exercises/solutions/03_templates.ipynb #0dc4aac0
 LAYOUTS = {
     "ChatML": "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
@@ -1271,6 +1323,12 @@ def _(nats, layouts, rows): return layout_costs(nats, layouts, rows[-1:])
 def _(nats, layouts, rows):
     best = [min(nats(_placed(t, q), a) for t in layouts.values()) for q, a in rows]
     return _above(_means(nats, layouts, rows), sum(best) / len(rows))
+
+@q5.mistake("a share", "you divide by the best. The difference in nats is wanted.")
+def _(*args):
+    costs = _means(*args)
+    best = min(costs.values())
+    return {name: (cost - best) / best for name, cost in costs.items()}
 
 @q5.mistake("a ratio", "you divide by the best. The difference is wanted.")
 def _(*args):

@@ -105,6 +105,31 @@ def _(steps, n, batch_size, accumulation):
     full = n // batch_size * batch_size
     return rows_seen(steps, full, batch_size, accumulation) if full else 0
 
+# %% ../../../exercises/solutions/05_training.ipynb #a1b2c051
+@q1.mistake("the rest is dropped",
+    "you leave out the rows that do not fill the last step of an epoch. It is one more step, with "
+    "fewer rows.")
+def _(steps, n, batch_size, accumulation):
+    size = batch_size * accumulation
+    per_epoch = max(1, n // size)
+    return steps // per_epoch * min(n, per_epoch * size) + steps % per_epoch * size
+
+@q1.mistake("one step an epoch too many",
+    "where the rows of an epoch fill its steps, you count one step more: 8 rows, 4 at a time, are "
+    "2 steps. Round up with `math.ceil`.")
+def _(steps, n, batch_size, accumulation):
+    size = batch_size * accumulation
+    epochs, more = divmod(steps, n // size + 1)
+    return epochs * n + min(more * size, n)
+
+@q1.mistake("one step too few", "`steps` steps are done; you count one fewer.")
+def _(steps, n, batch_size, accumulation):
+    return rows_seen(max(steps - 1, 0), n, batch_size, accumulation)
+
+@q1.mistake("batches", "you count batches; rows are wanted.")
+def _(steps, n, batch_size, accumulation):
+    return rows_seen(steps, math.ceil(n / batch_size), 1, accumulation)
+
 # %% ../../../exercises/solutions/05_training.ipynb #225a5d41
 def measured(batches):
     "Loss in nats a token, and perplexity, of batches given as pairs `(mean loss, targets)`."
@@ -205,6 +230,9 @@ def _(batches): return _measured([(mean, n) for mean, n in batches if mean])
     "where nothing was measured you return a loss of 0 and a perplexity of 1, the best possible. "
     "Raise a ValueError.")
 def _(batches): return _measured(batches) if any(n for _, n in batches) else (0.0, 1.0)
+
+@q2.mistake("the perplexity first", "you return the perplexity first; return the loss, then it.")
+def _(batches): return _measured(batches)[::-1]
 
 @q2.mistake("divides by zero",
     "where no batch has a target, your function stops with a ZeroDivisionError. Raise a ValueError "
@@ -354,6 +382,22 @@ def _(*args): return _adamw(*args, root=lambda square: square.sqrt())
     "you correct `m` and not `v`, so the first step is 32 times as large as it should be.")
 def _(*args):
     return _adamw(*args, root=lambda square: (square * (1 - 0.999 ** args[4])).sqrt() + 1e-8)
+
+@q3.mistake("only v is corrected",
+    "you correct `v` and not `m`, so the first step is a tenth of what it should be.")
+def _(*args): return _adamw(*args, moves=lambda mean, g: mean * (1 - 0.9 ** args[4]))
+
+@q3.mistake("multiplied by the correction",
+    "you multiply by `1 - 0.9 ** step` (and its like), so that small means become smaller. "
+    "Divide.")
+def _(*args):
+    first, second = (1 - b ** args[4] for b in (0.9, 0.999))
+    return _adamw(*args, moves=lambda mean, g: mean * first ** 2,
+                  root=lambda square: _root(square * second ** 2))
+
+@q3.mistake("one step too early",
+    "your correction uses `step - 1`, and divides by zero in the first step: it is 1 already.")
+def _(*args): return _adamw(*args, late=-1)
 
 @q3.mistake("the old means are used",
     "you move the weight with the old `m` and `v`; update them with the new gradient first.")
@@ -523,6 +567,47 @@ def _(*args):
     def log(nats, counts, accumulation): return sum(_parts(nats, counts)) / accumulation
     return _loop(*args, weigh=lambda n, counts, accumulation: n * accumulation, log=log)
 
+@q4.mistake("mean of means, logged rightly",
+    "your log is right, but in the gradient each row counts the same, however few targets it has. "
+    "Divide by the targets of the whole step.")
+def _(*args): return _loop(*args, weigh=lambda n, counts, _: n * len(counts))
+
+@q4.mistake("mean of means, short steps too small, logged rightly",
+    "your log is right, but in the gradient each row counts the same, however few targets it has. "
+    "Divide by the targets of the whole step.")
+def _(*args): return _loop(*args, weigh=lambda n, counts, accumulation: n * accumulation)
+
+@q4.mistake("means added up",
+    "you add up the means of the rows. Divide each row's sum by the targets of the whole step.")
+def _(*args): return _loop(*args, weigh=lambda n, *_: n)
+
+@q4.mistake("means added up and logged",
+    "you add up the means of the rows. Divide each row's sum by the targets of the whole step.")
+def _(*args):
+    def log(nats, counts, _): return sum(_parts(nats, counts))
+    return _loop(*args, weigh=lambda n, *_: n, log=log)
+
+@q4.mistake("a sum, logged rightly",
+    "your log is right, but the gradient is that of a sum: divide the loss by the targets of the "
+    "step before `backward`.")
+def _(*args): return _loop(*args, weigh=lambda *_: 1)
+
+@q4.mistake("a sum is logged",
+    "the weights are right, but you log the sum over all targets. Divide it by their number.")
+def _(*args): return _loop(*args, log=lambda nats, *_: sum(nats))
+
+@q4.mistake("the loss after the step is logged",
+    "the weights are right, but you log the loss after the step. Log what the step learned from.")
+def _(model, rows, epochs, accumulation, *more):
+    import torch
+    from sftlab.training import count_targets, nll_sum, padded
+    losses, steps = [], range(0, len(rows), accumulation)
+    for chosen in [rows[start:start + accumulation] for start in steps] * epochs:
+        _loop(model, chosen, 1, accumulation, *more)
+        with torch.no_grad():
+            losses.append((nll_sum(model, padded(chosen)) / count_targets(padded(chosen))).item())
+    return losses
+
 @q4.mistake("gradients are kept",
     "the gradients of one step are still there in the next, since `backward` adds to them. Clear "
     "them after each step.")
@@ -535,8 +620,8 @@ def _(*args): return _loop(*args, clear="never")
 def _(*args): return _loop(*args, clear="row")
 
 @q4.mistake("clips too late",
-    "you clip after the optimizer has used the gradients, which does nothing. Clip before "
-    "the step.")
+    "when the optimizer uses the gradients, they are not clipped: you clip after the step, or "
+    "nowhere. Clip before it.")
 def _(*args): return _loop(*args, clip="late")
 
 @q4.mistake("clips each row",
@@ -582,6 +667,18 @@ def _(model, rows, epochs, *more): return _loop(model, rows * epochs, 1, *more)
     "you add up the losses of all targets and never divide by their number.")
 def _(*args): return _loop(*args, weigh=lambda *_: 1, log=lambda nats, *_: sum(nats))
 
+# %% ../../../exercises/solutions/05_training.ipynb #a1b2c052
+_LEFT = { # two of the faults that a repair may have left
+    "gradients are kept": dict(clear="never"), "clips too late": dict(clip="late"),
+    "the last rows are dropped": dict(short="dropped")}
+
+def _both(one, other):
+    @q4.mistake(f"{one}, {other}", " And: ".join(q4.mistakes[name][1] for name in (one, other)))
+    def _(*args): return _loop(*args, **_LEFT[one], **_LEFT[other])
+
+_both("gradients are kept", "clips too late")
+_both("clips too late", "the last rows are dropped")
+
 # %% ../../../exercises/solutions/05_training.ipynb #658c448b
 def by_heart(steps):
     "Settings with which the tiny model learns four rows by heart."
@@ -623,8 +720,10 @@ def _what_came_out(settings, steps):
     from sftlab.training import TrainingConfig, count_steps, lr_multiplier, warmup_steps
     if isinstance(settings, dict):
         settings = TrainingConfig(**settings)
+    if settings is None or settings in (TOO_MANY, TOO_FEW, RISES, HELD_BACK, TOO_SLOW):
+        return settings # of the mistakes below
     if not isinstance(settings, TrainingConfig):
-        return settings
+        raise TypeError("return a TrainingConfig, or a dict of settings for one")
     taken = count_steps(4, settings)
     if taken > steps:
         return TOO_MANY
