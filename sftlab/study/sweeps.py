@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['learning_curve', 'good_file', 'short_pretraining', 'plain_text', 'base_loss', 'loss_mask', 'lora_full', 'lora_rank',
-           'lora_targets', 'lora_variants', 'merges']
+           'lora_targets', 'lora_variants', 'merges', 'packing_leak', 'noisy_embeddings']
 
 # %% ../../nbs/reference/study/sweeps.ipynb #5b2e00a7
 import tempfile
@@ -304,3 +304,66 @@ def merges(four_bits:bool, learning_rate:float, seed:int) -> dict:
             figures[merge.__name__] = exact(_merged(model, plain, merge))
         figures["survives"] = _survives(model, again)
     return figures
+
+# %% ../../nbs/reference/study/sweeps.ipynb #swp2
+def _figures(model, tokenizer): # on the course's test set
+    "Exact match and others in %, and nats a token."
+    from sftlab.generation import evaluate
+    from sftlab.masking import encode_rows
+    from sftlab.tiny.pretraining import chat_prompt, rates
+    from sftlab.tiny.world import as_messages, test_set
+    from sftlab.training import PADDING_FREE, evaluate_nll
+    items = test_set()
+    encoded = encode_rows(tokenizer, [as_messages(e) for e in items])
+    def prompt(item): return chat_prompt(tokenizer, item["question"])
+    answered = evaluate(model, tokenizer, items, prompt)
+    length = sum(len(tokenizer(a["output"])["input_ids"]) for a in answered) / len(answered)
+    return rates(answered) | dict(nll=evaluate_nll(model, encoded, **PADDING_FREE).nll,
+                                  length=length)
+
+_TOGETHER = [dict(way=way, learning_rate=rate)
+             for way in ("kept apart", "one long text", "positions only")
+             for rate in (3e-4, 6e-4, 1e-3, 1.8e-3)]
+
+@experiment("09_packing", _TOGETHER, files=_TINY)
+def packing_leak(way:str, learning_rate:float, seed:int) -> dict:
+    "Full fine-tuning on 300 rows, eight in one long row a step."
+    import torch
+    from sftlab.masking import encode_rows
+    from sftlab.models import load
+    from sftlab.tiny.world import as_messages, examples
+    from sftlab.training import TrainingConfig, flatten_rows, target_nll_sum, train
+    model, tokenizer = load("tiny")
+    tokenizer.eos_token = "<|im_end|>" # what ends an answer
+    rows = encode_rows(tokenizer, [as_messages(e) for e in examples("train", 300, seed)])
+    def collate(rows):
+        batch = flatten_rows(rows)
+        if way == "one long text":
+            del batch["position_ids"]
+        if way == "positions only": # an attention mask of ones: transformers looks no further
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        return batch
+    settings = TrainingConfig(learning_rate=learning_rate, seed=seed)
+    train(model, rows, settings, collate=collate, loss_fn=target_nll_sum, disable_tqdm=True)
+    return _figures(model, tokenizer)
+
+# %% ../../nbs/reference/study/sweeps.ipynb #swp4
+_NOISE = [dict(alpha=alpha, learning_rate=rate)
+          for alpha in (0, 5, 10, 15) for rate in (3e-4, 6e-4, 1e-3, 1.8e-3)]
+_NOISE += [dict(alpha=45, learning_rate=1e-3)]
+
+@experiment("10_neftune", _NOISE, seeds=(0, 1, 2, 3, 4), files=_TINY)
+def noisy_embeddings(alpha:float, learning_rate:float, seed:int) -> dict:
+    "Full fine-tuning on 300 rows with NEFTune."
+    from sftlab.masking import encode_rows
+    from sftlab.models import load
+    from sftlab.neftune import neftune
+    from sftlab.tiny.world import as_messages, examples
+    from sftlab.training import PADDING_FREE, TrainingConfig, train
+    model, tokenizer = load("tiny")
+    tokenizer.eos_token = "<|im_end|>" # what ends an answer
+    rows = encode_rows(tokenizer, [as_messages(e) for e in examples("train", 300, seed)])
+    settings = TrainingConfig(learning_rate=learning_rate, seed=seed)
+    with neftune(model, alpha):
+        train(model, rows, settings, disable_tqdm=True, **PADDING_FREE)
+    return _figures(model, tokenizer)
