@@ -53,9 +53,10 @@ def lora_diagram(
     d = Diagram(6.5, 4.0)
     d.text(3.25, 3.8, "Grey: frozen. Orange: trained.", fontsize=9)
     x = d.box(0.15, 2.4, 0.5, 0.5, "x")
-    W = d.matrix(2.2, 2.0, d_out, d_in, "W, frozen", "grey", scale, frozen=True)
-    A = d.matrix(1.25, 0.85, r, d_in, "A", "orange", scale)
-    B = d.matrix(4.1, 0.3, d_out, r, "B", "orange", scale)
+    W = d.matrix(2.2, 2.0, d_out, d_in, "", "grey", scale, frozen=True)
+    d.text(W[0] + W[2] / 2, W[1] + W[3] + 0.06, "W, frozen", va="bottom")
+    A = d.matrix(1.25, 0.85, r, d_in, "A, random", "orange", scale)
+    B = d.matrix(4.1, 0.3, d_out, r, "B, zero", "orange", scale)
     total, h = d.box(5.0, 2.4, 0.5, 0.5, "+"), d.box(5.9, 2.4, 0.5, 0.5, "h")
     d.arrow(x, W)
     d.arrow(x, A, color="orange")
@@ -63,7 +64,7 @@ def lora_diagram(
     d.arrow(W, total)
     d.arrow(B, total, color="orange")
     d.arrow(total, h)
-    d.text(4.85, 1.5, "times alpha / r", ha="left", fontsize=9)
+    d.text(4.62, 1.6, "times alpha / r", ha="left", fontsize=9)
     return d
 
 # %% ../../nbs/reference/figures/lora.ipynb #fc23120a
@@ -73,22 +74,26 @@ def plot_rates(
     series:str, # the column whose values get a curve each
     labels:dict=None, # value of that column -> its name in the legend
 ): # a matplotlib figure
-    "Exact match over the learning rate: a dot a run, and a line through the means over seeds."
+    "Exact match over the learning rate: a dot a run, a line through the means, the best marked."
     names = sorted(runs[panels].unique())
     fig, axes = figure(6.8, 3, ncols=len(names), sharey=True, squeeze=False)
     looks = list(zip(sorted(runs[series].unique()), PALETTE.values(), MARKERS, DASHES))
     for ax, name in zip(axes[0], names):
-        for value, color, marker, dash in looks:
+        for i, (value, color, marker, dash) in enumerate(looks):
             chosen = runs[(runs[panels] == name) & (runs[series] == value)]
             means = chosen.groupby("learning_rate").exact.mean()
             ax.plot(means.index, means, color=color, linestyle=dash)
+            best = means.idxmax(), means.max()
+            ax.plot(*best, "o", color=color, markersize=11, fillstyle="none", clip_on=False)
+            ax.annotate(f"{best[0]:.3g}", best, (0, 7 + 10 * i), textcoords="offset points",
+                        ha="center", color=color, fontsize=9)
             ax.plot(chosen.learning_rate, chosen.exact, marker, color=color, markersize=4,
                     clip_on=False)
             label = (labels or {}).get(value, str(value))
             ax.plot([], [], marker=marker, color=color, linestyle=dash, markersize=4, label=label)
         log_axis(ax, "x", steps=(1,))
         ax.set(title=f"{name:,} {panels}", xlabel="learning rate")
-    axes[0][0].set(ylabel="exact match, %", ylim=(0, 1.05 * runs.exact.max()))
+    axes[0][0].set(ylabel="exact match, %", ylim=(0, 1.3 * runs.exact.max()))
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return fig
 
