@@ -22,6 +22,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from trl.kernels import chunked_logprob
+from trl.trainer.utils import add_fused_lm_head
 
 from sftlab.audit.architectures import model_sizes, shortened, trained_sizes
 from sftlab.audit.memory import (
@@ -357,6 +359,32 @@ def test_estimates_add_up_and_grow(model, method, batch, length, options):
     assert all(size >= 0 and isinstance(size, int) for size in e.terms.values())
     for more in ((batch + 1, length), (batch, length + 1)):
         assert e.total < estimate(model, method, *more, **options).total
+
+
+def with_trls_head(*args, **more):
+    "A model as `random_model` makes it, with TRL's fused head."
+    model = random_model(*args, **more)
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    plain = model.forward
+    model.forward = lambda **inputs: plain(**inputs, fused_lm_head=True)
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("precision", ["mixed", "bf16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_trls_fused_head_is_counted(method, precision, checkpointing, monkeypatch):
+    for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):  # in place on a GPU, not here
+        monkeypatch.setattr(chunked_logprob, name, lambda *args, **more: None)
+    monkeypatch.setattr("sftlab.audit.memory.random_model", with_trls_head)
+    config = LlamaConfig(vocab_size=34_000, hidden_size=2048, intermediate_size=6144,
+                         num_hidden_layers=4, num_attention_heads=16)
+    more = dict(precision=precision, checkpointing=checkpointing)
+    e = estimate(config, method, 2, 512, fused_head=True, **more)
+    predicted = e.total - sum(
+        e.terms[name] for name in ("weights", "4-bit constants", "adapters", "optimizer"))
+    assert predicted == pytest.approx(sum(fake_peak(config, 2, 512, method, **more)), rel=0.02)
 
 
 def test_methods_order_as_they_should():

@@ -62,15 +62,25 @@ def _at_the_loss(run): # bytes of copies; of logits and their gradients
     layer, head = autocast_copies(run)
     made = head + run.c["num_hidden_layers"] * layer # in the forward pass
     kept = head if run.checkpointing else made
-    if run.fused_head: # as in TRL: tiles, and sums in float32
-        tile = b * min(n, 4096) * min(vocab, 32_768)
-        return kept, tile + 4 * n * d + run.full * 4 * vocab * d
+    if run.fused_head:
+        return max(_in_tiles(run, made - head), _in_tiles(run, kept - head, backward=True), key=sum)
     forward = n * vocab * (8 if b == 4 else 10) + n * d * run.stored
     found = [(made, forward), (kept, 12 * n * vocab)]
     if run.full: # the gradient of the head
         mixed = max(2 * n * vocab + 2 * vocab * d, 4 * vocab * d)
         found.append((kept, mixed if run.precision == "mixed" else b * vocab * (n + d)))
     return max(found, key=sum)
+
+def _in_tiles(run, copies, backward=False): # TRL's fused head: bytes of copies, and of all else
+    n, b, w, vocab, d = (run.tokens, run.compute, run.stored, run.c["vocab_size"],
+                         run.c["hidden_size"])
+    cast = b * d * (w != b) # bytes of a copied row of the head
+    size = b * min(n, 4096) * 32_768 + w * n * d # a tile; the positions with a label
+    if not backward:
+        return copies + cast * min(vocab, 32_768), size
+    sums = 4 * (n * d + run.full * vocab * d) # of gradients, in float32
+    rounded = sums // 2 * (w == 2) # the same in two bytes
+    return copies + cast * min(vocab, 2 * 32_768), size + sums + rounded # a copy, and the next
 
 def _on_the_way(run): # bytes of gradients in a layer's backward pass
     n, b, d, f = run.tokens, run.compute, run.c["hidden_size"], run.c["intermediate_size"]

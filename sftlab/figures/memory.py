@@ -12,7 +12,7 @@ from ..plots import (DASHES, PALETTE, TEXT, Diagram, figure, image_html, show)
 
 # %% ../../nbs/reference/figures/memory.ipynb #c7e58d51
 TERMS = { # term -> color, hatch
-    "weights": ("blue", ""), "4-bit constants": ("blue", "**"), "adapters": ("blue", "||"),
+    "weights": ("blue", ""), "4-bit constants": ("blue", "**"), "adapters": ("grey", ""),
     "gradients": ("green", ".."), "optimizer": ("purple", "//"), "AdamW": ("purple", "//"),
     "autocast copies": ("grey", "++"), "activations": ("orange", "xx"),
     "logits": ("red", "\\\\"), "backward pass": ("orange", "oo")}

@@ -23,26 +23,26 @@ def _documents(ax, y, row, lengths): # as bars, with their numbers; -> where the
     return begin
 
 def batch_grids(
-    batches:dict, # title -> rows, each a list of the numbers of its documents
+    batches:dict, # title -> (rows, each a list of the numbers of its documents; places in a row)
     lengths:list, # of the documents, in tokens
-    width:int, # places in a row
 ): # a matplotlib figure
     "A bar a row: each document with its number, padding empty with a dashed frame."
-    heights = [0.5 + 0.24 * len(rows) for rows in batches.values()]
+    heights = [0.5 + 0.24 * len(rows) for rows, _ in batches.values()]
     fig, axes = figure(6.8, 0.5 + sum(heights), nrows=len(batches), squeeze=False, sharex=True,
                        height_ratios=heights)
-    for ax, (title, rows) in zip(axes.flat, batches.items()):
+    for ax, (title, (rows, width)) in zip(axes.flat, batches.items()):
         for y, row in enumerate(rows):
             end = _documents(ax, y, row, lengths)
             ax.barh(y, width - end, 0.8, end, color="none", edgecolor=PALETTE["grey"],
                     linestyle="--", linewidth=0.8)
         places, used = width * len(rows), sum(lengths[i] for row in rows for i in row)
         ax.set(title=f"{title}: {100 * (1 - used / places):.0f} % of {places:,} places are empty",
-               ylim=(len(rows) - 0.5, -0.5), xlim=(0, width))
+               ylim=(len(rows) - 0.5, -0.5))
         ax.set_yticks([])
         ax.spines[:].set_visible(False)
         ax.tick_params(length=0)
-    axes.flat[-1].set(xlabel="place in the row (tokens)")
+    axes.flat[-1].set(xlabel="place in the row (tokens)",
+                      xlim=(0, max(width for _, width in batches.values())))
     return fig
 
 # %% ../../nbs/reference/figures/packing.ipynb #f7
@@ -63,11 +63,11 @@ def mask_grids(
             for line in (ax.axhline, ax.axvline):
                 line(at, color=TEXT, linewidth=1.2, linestyle="--")
         ax.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5), aspect="equal", title=title,
-               xlabel="is seen")
+               xlabel="the token that is seen")
         ax.set_xticks([])
         ax.set_yticks([])
         ax.spines[:].set_visible(True)
-    axes.flat[0].set(ylabel="looks")
+    axes.flat[0].set(ylabel="the token that looks")
     return fig
 
 # %% ../../nbs/reference/figures/packing.ipynb #f9
