@@ -273,6 +273,7 @@ def finetune(
     keep_best:bool=False, # keep the epoch with the lowest held-out loss, not the last
     patience:int=None, # stop after so many epochs without a lower held-out loss
     report_to=(), # names of services that show the run, as in `SFTConfig`
+    before=None, # called with the trainer before its first step, such as `preflight_trainer`
 ): # the SFTTrainer; its `state.log_history` holds `loss`, `held_out_nll`, `step`, `epoch`
     """Fine-tune with TRL's `SFTTrainer` on the assistant's tokens and save safetensors and settings
     to `output_dir`; raises a `FinetuneError` for what cannot be trained or broke down, an
@@ -305,6 +306,8 @@ def finetune(
         mark = [_complete_callback()] if checkpoints else []
         trainer = _trainer(model, args, tokenizer, _cut(encoded, limit),
                            [*watch, *callbacks, *mark])
+        if before:
+            before(trainer)
         trainer.train(resume_from_checkpoint=_newest(checkpoints) if checkpoints else None)
         model.eval()
         if best and _from_main(best.exists()): # the main process has written it

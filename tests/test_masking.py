@@ -18,12 +18,14 @@ from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import qwen3_training_chat_template
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TRLCollator
 
-from sftlab.audit.label_faults import BATCH_FAULTS, ROW_FAULTS, mutation_table
+from sftlab.audit.label_faults import (
+    BATCH_FAULTS, LIST_FAULTS, ROW_FAULTS, mutation_table)
 from sftlab.audit.labels import LABEL_FAULTS, audit_labels, label_auditor
 from sftlab.errors import MaskError
 from sftlab.files.rows import scan
 from sftlab.masking import IGNORE, MODES, collate, encode, encode_rows, truncate
 from sftlab.models import load
+from sftlab.packing import collate_packed
 from sftlab.plots import labels_html
 from sftlab.templates import TEMPLATES, with_template
 from sftlab.tiny.world import as_messages, examples
@@ -346,8 +348,9 @@ def test_what_cannot_be_used_is_told(call, says):
 
 
 ROWS = [as_messages(e) for e in examples("train", 24)]
-for i in range(0, 24, 6):
-    ROWS[i] = dict(messages=ROWS[i]["messages"] + ROWS[i + 1]["messages"])  # some with two turns
+SYSTEM = dict(role="system", content="Be brief.")
+for i in range(0, 24, 6):  # some with a system turn and three answers
+    ROWS[i] = dict(messages=[SYSTEM, *(m for row in ROWS[i:i + 3] for m in row["messages"])])
 MANY = [encode(TINY, row["messages"]) for row in ROWS]
 
 
@@ -366,6 +369,7 @@ COLLATORS = {  # name -> from a tokenizer to a collator
     "collate": lambda t: lambda rows: collate(rows, t.pad_token_id),
     "TRL": lambda t: TRLCollator(t.pad_token_id),
     "TRL, padding_free": lambda t: TRLCollator(t.pad_token_id, padding_free=True),
+    "collate_packed": lambda t: collate_packed,
     "Flattening": lambda t: DataCollatorWithFlattening(return_position_ids=True),
     "Seq2Seq": DataCollatorForSeq2Seq,
     "Seq2Seq, left": left,
@@ -386,13 +390,18 @@ def ours(rows=MANY, tokenizer=TINY):
 def test_the_audit_names_every_fault_in_every_collator_and_nothing_else():
     table = mutation_table(TINY, ROWS, COLLATORS)
     print("\n" + table.to_string())
-    assert list(table.loc["(no fault)"]) == ["nothing named"] * 6 + ["everything learned"]
+    assert list(table.loc["(no fault)"]) == ["nothing named"] * 7 + ["everything learned"]
     faults = table.drop("(no fault)")
     assert faults.isin(["named", "named below", "-"]).all(axis=None)
     # where every fault is possible, every one is named as a cause
-    assert (faults[["collate", "TRL", "Seq2Seq"]] == "named").all(axis=None)
-    named = {cause for cause, _ in (*ROW_FAULTS.values(), *BATCH_FAULTS.values())}
-    assert named == set(LABEL_FAULTS)  # no fault in the list that nobody makes
+    of_packed = ["a mask of ones over packed rows", "position_ids run on"]
+    padded, packed = ["collate", "TRL", "Seq2Seq"], ["TRL, padding_free", "collate_packed"]
+    assert (faults.drop(of_packed)[padded] == "named").all(axis=None)
+    assert (faults.loc[of_packed, packed] == "named").all(axis=None)
+    made = (*ROW_FAULTS.values(), *LIST_FAULTS.values(), *BATCH_FAULTS.values())
+    without_rows = {"no answer found", "not everything learned"}  # test_label_audit.py
+    # no fault in the list that nobody makes
+    assert {cause for cause, _ in made} | without_rows == set(LABEL_FAULTS)
 
 
 def test_a_mutation_table_of_an_audit_that_sees_nothing_says_so(monkeypatch):
@@ -454,7 +463,7 @@ def test_real_rows_have_no_fault(real_data, name):
 
 @settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(st.lists(talks(), min_size=1, max_size=6),
-       st.sampled_from(["collate", "TRL", "TRL, padding_free", "Seq2Seq, left"]))
+       st.sampled_from(["collate", "TRL", "TRL, padding_free", "collate_packed", "Seq2Seq, left"]))
 def test_no_conversation_makes_the_audit_cry(many, name):
     rows = rows_of(*many)
     batches = batched(COLLATORS[name](TINY), encode_rows(TINY, rows), 3)
@@ -491,22 +500,28 @@ def test_one_bad_row_among_many_is_found_where_it_is(fault):
     cause, made = ROW_FAULTS[fault]
     cut = fault == "cut after 28 tokens"
     longest = max(range(len(ROWS)), key=lambda i: len(MANY[i]["input_ids"]))
-    bad = longest if cut else 11
+    bad = longest if cut else 12  # with three answers and a system turn
     rows = list(MANY)
     rows[bad] = made(TINY, ROWS[bad]["messages"])
+    given = ROWS
     if cut:
-        rows = [row for i, row in enumerate(rows) if i == bad or len(row["input_ids"]) <= 28]
+        kept = [i for i, row in enumerate(rows) if i == bad or len(row["input_ids"]) <= 28]
+        rows, given = [rows[i] for i in kept], [ROWS[i] for i in kept]
         bad = next(i for i, row in enumerate(rows) if row not in MANY)
-    causes = audit_labels(ours(rows), TINY, ROWS).causes
+    causes = audit_labels(ours(rows), TINY, given).causes
     assert list(causes) == [cause]
     assert [(talk.batch, talk.row) for talk in causes[cause][0]] == [divmod(bad, 8)]
 
 
-def test_without_rows_or_template_nothing_is_said_of_prompts():
+def test_without_rows_the_tokenizers_own_template_tells_prompts():
     batches = ours([encode(TINY, row["messages"], "all") for row in ROWS])
-    report = audit_labels(batches, TINY)
-    assert not report.causes and "cannot be told" in repr(report)
-    assert list(audit_labels(batches, TINY, template="chatml").causes) == ["everything learned"]
+    for more in ({}, dict(template="chatml"), dict(rows=ROWS)):
+        report = audit_labels(batches, TINY, **more)
+        assert list(report.causes) == ["everything learned"] and report.learns == "everything"
+    plain = copy.deepcopy(TINY)
+    plain.chat_template = None
+    report = audit_labels(batches, plain)
+    assert not report.causes and "cannot be told" in repr(report) and report.learns is None
 
 
 def test_batches_may_be_lists_or_arrays():

@@ -7,14 +7,19 @@ __all__ = ['LABEL_FAULTS', 'LabelFault', 'Conversation', 'conversations', 'Label
 
 # %% ../../nbs/reference/audit/labels.ipynb #a2115ab9
 import re
+from array import array
+from bisect import bisect_right
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from html import escape
 from itertools import groupby
+from math import comb
 from typing import NamedTuple
 
-from ..errors import MaskError
-from ..guards.masking import check_batch, check_batches, check_several
+from ..data import to_messages
+from ..errors import DataError, MaskError, TemplateError
+from ..guards.masking import check_batch, check_batches, check_places, check_several
 from ..guards.rows import MessageRow, check_message_rows
 from ..masking import IGNORE, layout
 from ..plots import labels_html
@@ -27,20 +32,31 @@ class LabelFault(NamedTuple):
     fix:str # what to do about it
     follows:tuple = () # faults that are only its consequences
 
-_SHIFTED = ("label is not its token", "stop token not learned", "padding learned")
-_EVERYTHING = ("prompt learned", "header learned", "padding learned")
-_MISPLACED = ("prompt learned", "header learned", "answer partly learned")
-_ONE_COLUMN = ("everything learned", *_MISPLACED, "nothing learned", "padding learned")
+_SHIFTED = ("label is not its token", "stop token not learned", "padding learned",
+            "answer partly learned", "no stop token", "answer not learned")
+_ASKED = ("prompt learned", "header learned")
+_EVERYTHING = (*_ASKED, "padding learned")
+_MISPLACED = (*_ASKED, "answer partly learned", "mask upside down")
+_ONE_COLUMN = ("everything learned", *_MISPLACED, "answer not learned", "nothing learned",
+               "padding learned", "stop token not learned", "no stop token")
+_UNKNOWN = ("nothing learned", "no stop token", "stop token not learned", "cut off")
 
 # %% ../../nbs/reference/audit/labels.ipynb #9712095b
 LABEL_FAULTS = { # fault -> `LabelFault`
     "shifted labels": LabelFault(
-        "Labels are one place away from their tokens. The model shifts them itself, "
-        "so it learns to skip a token or to repeat one.",
+        "Labels are some places away from their tokens. The model shifts them itself, by one, "
+        "so it learns to skip tokens or to repeat them.",
         "Give labels that equal input_ids wherever they are not -100.", _SHIFTED),
     "everything learned": LabelFault(
         "Questions and headers are learned as well as answers.",
-        "Mask all but the answers.", _EVERYTHING),
+        "Mask all but the answers; if it is meant, audit with everything=True.", _EVERYTHING),
+    "not everything learned": LabelFault(
+        "Tokens are masked, though everything was to be learned.",
+        "Leave the labels as the ids, but for padding; or audit without everything=True.",
+        ("nothing learned",)),
+    "mask upside down": LabelFault(
+        "Questions are learned, and no answer is.",
+        "Turn the mask round: -100 where the prompt is.", _ASKED),
     "one cut for all rows": LabelFault(
         "All rows of a batch are masked up to one column, "
         "though their prompts are not equally long.",
@@ -52,39 +68,77 @@ LABEL_FAULTS = { # fault -> `LabelFault`
         "What masks the padding masks the real stop token too: the model never learns to stop.",
         "Give padding a token of its own.", ("stop token not learned",)),
     "cut off": LabelFault(
-        "Answers end where max_length ends: the stop token is lost.",
-        "A larger max_length, or another way to truncate.", ("no stop token", "nothing learned")),
+        "Rows end where max_length ends: answers, or their stop tokens, are lost.",
+        "A larger max_length, or leave out the rows that are too long.",
+        ("no stop token", "nothing learned", "answer not learned")),
+    "beginning cut off": LabelFault(
+        "The beginning of the row is gone: the model answers what it has not read.",
+        "A larger max_length, or leave out the rows that are too long; keep the first token."),
+    "system turn dropped": LabelFault(
+        "The row has a system text, and the batch has not: its answers have no reason.",
+        "Lay out all of the messages; a template that drops the system text needs another."),
     "nothing learned": LabelFault(
         "The row costs time and teaches nothing.",
         "See why its answer is masked or gone; if it has none, take it out."),
+    "answer not learned": LabelFault(
+        "Whole answers are masked, and others are learned: neither every answer of each row is, "
+        "nor the last of each.",
+        "Learn every answer, or the last of each row. (Answers of weight 0: give rows.)"),
+    "answer partly learned": LabelFault(
+        "Pieces of answers are masked.", "Take the limits of the mask from the text."),
     "stop token not learned": LabelFault(
         "The stop token is there, and masked: the model never learns to stop.",
         "Let the mask reach over the stop token."),
     "no stop token": LabelFault(
-        "The row ends without a stop token: the model never learns to stop.",
-        "End every answer with the stop token when it is laid out."),
+        "What is learned ends without a stop token: the model never learns to stop.",
+        "End every answer with the stop token when it is laid out, and learn it."),
+    "extra end token": LabelFault(
+        "Another end token stands after the end: it costs time, and where it is learned, "
+        "the model learns to go on after its stop token.",
+        "Add no end token to what a chat template wrote."),
     "prompt learned": LabelFault(
         "The model learns to write questions.", "Mask everything but the answers."),
     "header learned": LabelFault(
         "The model learns to write marks that the program writes for it.",
         "Begin the mask after the header."),
-    "answer partly learned": LabelFault(
-        "Pieces of answers are masked.", "Take the limits of the mask from the text."),
     "padding learned": LabelFault(
         "The model learns to write padding.", "Label padding -100."),
     "label is not its token": LabelFault(
         "The model is taught a token that the text does not have.",
         "Make ids and labels in one step, and change neither afterwards."),
+    "text hidden": LabelFault(
+        "attention_mask is 0 over text: the model does not read it.",
+        "attention_mask is 1 for every token of the text, and 0 only for padding."),
+    "padding shown": LabelFault(
+        "attention_mask is 1 over padding: where that is on the left, the model reads it.",
+        "attention_mask is 0 wherever the collator filled up."),
+    "wrong position_ids": LabelFault(
+        "position_ids do not count each row's tokens from 0: the model mistakes what is near, "
+        "and which row a token belongs to.",
+        "Count 0, 1, 2, … anew for each row, or give none where a row is not packed."),
+    "rows joined": LabelFault(
+        "Several rows are in one, and each is read with those before it.",
+        "position_ids that begin anew with each row, and no attention_mask."),
+    "row twice": LabelFault(
+        "The row is in the batches more often than in `rows`: it counts for more.",
+        "Take the copy out. (Give the audit one epoch's batches, not several.)"),
+    "row missing": LabelFault(
+        "The row is in no batch: it was dropped on the way, and teaches nothing.",
+        "See what drops it: a max_length, a filter, or drop_last."),
+    "no answer found": LabelFault(
+        "Nowhere in the row does an answer begin as the template begins one: "
+        "another template made it, or the answer was cut off.",
+        "Decode the row, and give the audit the template that made it.", _UNKNOWN),
     "not one of the rows": LabelFault(
         "The tokens are not what the template makes of any row: another template, a BOS twice, "
-        "or several rows in one without position_ids.",
-        "Decode the row of the batch, and compare."),
+        "or another text.",
+        "Decode the row of the batch, and compare.", _UNKNOWN),
 }
 
 # %% ../../nbs/reference/audit/labels.ipynb #9d6af446
 @dataclass
 class Conversation:
-    "A conversation in a batch, and what is wrong with its labels."
+    "A conversation in a batch, and what is wrong with it."
     batch:int
     row:int # where it is
     ids:list
@@ -92,9 +146,16 @@ class Conversation:
     start:int
     end:int # the conversation's own places in the row
     padding:list # places of padding
+    positions:list = None # the row's position ids, if it has them
     kinds:dict = field(default_factory=dict) # place -> (kind, turn), see below; empty: unknown
+    origin:int = None # which of the rows it is, or a part of it
+    whole:bool = False # whether it is that row, from its first token to its last
+    after:set = None # the turns after the last question; None: unknown
+    silent:set = field(default_factory=set) # turns of weight 0
     lacks:int = 0 # tokens of answers that were cut off at its end
+    unended:bool = False # whether it ends without a stop token
     learned:set = field(default_factory=set) # places
+    modes:set = field(default_factory=set) # what may be meant to be learned, see below
     found:dict = field(default_factory=dict) # fault -> places
 
     def note(self, fault, places):
@@ -102,98 +163,286 @@ class Conversation:
             self.found[fault] = list(places)
 
 # %% ../../nbs/reference/audit/labels.ipynb #d3c3ca5b
-def _columns(batch, number): # -> of each row: ids, labels, attention mask and position ids or None
+class _Line(NamedTuple): # a row of a batch
+    ids:list
+    labels:list
+    mask:list # or None
+    positions:list # or None
+
+def _lines_of(batch, number): # -> of each row a `_Line`
     def as_lists(key):
         value = batch.get(key)
         return value.tolist() if hasattr(value, "tolist") else value
     ids, labels = as_lists("input_ids"), as_lists("labels")
     check_batch(number, ids, labels)
-    nothing = [None] * len(ids)
-    return zip(ids, labels, as_lists("attention_mask") or nothing,
-               as_lists("position_ids") or nothing)
+    def places(key): # a number a token; None: there are none, or one for every two tokens
+        value = as_lists(key)
+        if value is None or not all(isinstance(n, (int, float)) for row in value for n in row):
+            return [None] * len(ids)
+        check_places(number, key, value, ids)
+        return value
+    return [_Line(*line) for line in zip(
+        ids, labels, places("attention_mask"), places("position_ids"))]
 
-def _extent(ids, mask, pad_id, stop_id): # -> where a row's tokens begin and end, without padding
-    real = [i for i in range(len(ids)) if mask is None or mask[i]]
-    start, end = (real[0], real[-1] + 1) if real else (0, 0)
-    def fills(i, inner): # padding that no mask tells; one stop token at the end is none
-        if end - start <= 1 or ids[i] != pad_id:
-            return False
-        return pad_id != stop_id or ids[inner] == pad_id
-    while fills(end - 1, end - 2):
+def _hidden_ends(line): # tokens at both ends that the mask hides
+    n, seen = len(line.ids), [i for i, m in enumerate(line.mask or ()) if m]
+    first, last = (seen[0], seen[-1] + 1) if seen else (n, n)
+    return [line.ids[:first], line.ids[last:]] if line.mask else []
+
+def _fillers(lines, pad_id):
+    "The ids that fill up: the pad token, or one other token that is at all hidden ends."
+    ends = [end for line in lines for end in _hidden_ends(line)]
+    fill = {i for end in ends for i in end}
+    certain = pad_id is None or any(len(end) > 1 for end in ends)
+    return fill if len(fill) == 1 and certain else {pad_id}
+
+def _extent(line, fillers, pad_id, begins, ends): # -> where a row's text begins and ends
+    ids, mask = line.ids, line.mask
+    start, end = 0, len(ids)
+    if mask and not any(mask) and set(ids) <= fillers:
+        return 0, 0
+    def fills(i, inner, own): # own: tokens that a text itself may have there, once
+        if mask and not mask[i]:
+            return ids[i] in fillers
+        return ids[i] == pad_id and (pad_id not in own or ids[inner] == pad_id)
+    while end - start > 1 and fills(end - 1, end - 2, ends):
         end -= 1
-    while fills(start, start + 1):
+    while end - start > 1 and fills(start, start + 1, begins):
         start += 1
     return start, end
 
+def _tokens_too_many(lines, extents): # pad tokens after each row of a batch that the mask shows
+    def shown(line, end):
+        run = 0
+        while line.mask and end + run < len(line.ids) and line.mask[end + run]:
+            run += 1
+        return run
+    return min(shown(line, end) for line, (_, end) in zip(lines, extents))
+
+# %% ../../nbs/reference/audit/labels.ipynb #au10in01
+def _starts(positions, start, end): # where conversations begin
+    begins = [start]
+    if positions:
+        begins += [i for i in range(start + 1, end) if positions[i] == 0]
+    lengths = [b - a for a, b in zip(begins, begins[1:] + [end])]
+    return begins if min(lengths) > 1 else [start] # one of a single token: positions are wrong
+
+def _check_inputs(talk, line, joined):
+    "What the attention mask and the position ids say of a conversation."
+    own = range(talk.start, talk.end)
+    if line.mask:
+        talk.note("text hidden", [i for i in own if not line.mask[i]])
+        talk.note("padding shown", [i for i in talk.padding if line.mask[i]])
+        same = joined and line.mask[talk.start] == line.mask[talk.start - 1]
+        talk.note("rows joined", own if same else ())
+    if line.positions:
+        first = line.positions[talk.start]
+        if first != talk.start: # where it is padded on the left, counting may begin at the edge
+            first = 0
+        wrong = [i for i in own if line.positions[i] != i - talk.start + first]
+        talk.note("wrong position_ids", wrong)
+
 # %% ../../nbs/reference/audit/labels.ipynb #d16c30a2
+def _talks_of(b, r, line, start, end): # of one row of a batch
+    padding = [i for i in range(len(line.ids)) if not start <= i < end]
+    starts = _starts(line.positions, start, end)
+    for begin, stop in zip(starts, starts[1:] + [end]):
+        talk = Conversation(b, r, line.ids, line.labels, begin, stop,
+                            padding if begin == start else [], line.positions)
+        _check_inputs(talk, line, begin != start)
+        yield talk
+
 def conversations(
     batches, # of dicts with `input_ids`, `labels` and perhaps `attention_mask`, `position_ids`
     pad_id:int, # the pad token
-    stop_id:int, # the stop token
+    begins=(), # tokens that a conversation may begin with
+    ends=(), # tokens that it may end with
 ): # yields `Conversation`s
-    """The conversations in batches: one a row, or several where position_ids begin anew;
-    raises a `MaskError` for a batch without ids or labels."""
+    """The conversations in batches: one a row, or several where position_ids begin anew, with
+    what is wrong in both; raises a `MaskError` for a batch without ids or labels."""
     for b, batch in enumerate(batches):
-        for r, (ids, labels, mask, positions) in enumerate(_columns(batch, b)):
-            start, end = _extent(ids, mask, pad_id, stop_id)
-            padding = [i for i in range(len(ids)) if not start <= i < end]
-            starts = [start]
-            if positions:
-                starts += [i for i in range(start + 1, end) if positions[i] == 0]
-            for begin, stop in zip(starts, starts[1:] + [end]):
-                yield Conversation(b, r, ids, labels, begin, stop,
-                                   padding if begin == start else [])
+        lines = _lines_of(batch, b)
+        fillers = _fillers(lines, pad_id)
+        extents = [_extent(line, fillers, pad_id, begins, ends) for line in lines]
+        more = _tokens_too_many(lines, extents)
+        for r, (line, (start, end)) in enumerate(zip(lines, extents)):
+            yield from _talks_of(b, r, line, start, end + more)
 
 # %% ../../nbs/reference/audit/labels.ipynb #47acdb81
-def _kind(part, before_answer): # what a segment's tokens are
-    if part.learned:
-        return "stop" if part.mark and part.text.strip() else "answer"
-    if not part.mark:
-        return "prompt"
-    return "header" if before_answer else "tail"
+class _Marks(NamedTuple): # what a template writes
+    first:int # the special token that every conversation begins with; None: there is none
+    header:str # from question to answer
+    ending:list # ids from the stop token on, as far as they are learned
+    tail:str # what comes after
 
-def _known(tokenizer, row, template): # -> ids of a row, and (kind, turn) of each token
-    parts = layout(tokenizer, row["messages"], template, row.get("tools"))
+def _special(tokenizer): # ids; a byte, which some tokenizers call special, is none
+    return {i for i, token in tokenizer.added_tokens_decoder.items()
+            if token.special and not re.fullmatch("<0x[0-9A-F]{2}>", token.content)}
+
+def _kinds_of(ids, owners, parts, stop): # -> (kind, turn) of each token
+    learned = [i for i, owner in enumerate(owners) if parts[owner].learned]
+    last = max(learned, default=-1)
+    stops = {} # turn -> where its last stop token is
+    for i in learned:
+        if ids[i] == stop:
+            stops[parts[owners[i]].turn] = i
+    def kind(i, part):
+        if part.learned:
+            return "stop" if i >= stops.get(part.turn, len(ids)) else "answer"
+        if not part.mark:
+            return "prompt"
+        return "header" if i < last else "tail"
+    return [(kind(i, parts[owner]), parts[owner].turn) for i, owner in enumerate(owners)]
+
+class _Known(NamedTuple): # a row as it may be found in a batch
+    row:int
+    ids:list
+    kinds:list # of (kind, turn)
+    after:set # turns after the last question
+    silent:set # turns of weight 0
+    fault:str = None # what is wrong with it
+
+def _known(tokenizer, number, row, template, stop, fault=None):
+    messages = row["messages"]
+    try:
+        parts = layout(tokenizer, messages, template, row.get("tools"))
+    except TemplateError as e:
+        raise MaskError(f"row {number + 1}: {e}") from None
     ids, owners = encode_segments(tokenizer, parts)
-    last = max((i for i, part in enumerate(parts) if part.learned), default=-1)
-    kinds = [_kind(part, i < last) for i, part in enumerate(parts)]
-    return ids, [(kinds[owner], parts[owner].turn) for owner in owners]
+    asked = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    silent = {i for i, m in enumerate(messages) if m.get("weight") == 0}
+    return _Known(number, ids, _kinds_of(ids, owners, parts, stop),
+                  set(range(asked + 1, len(messages))), silent, fault)
+
+def _without_system(tokenizer, number, row, template, stop): # -> a list of one `_Known`, or none
+    messages = row["messages"]
+    if messages[0]["role"] != "system" or len(messages) < 2:
+        return []
+    less = dict(row, messages=messages[1:])
+    try:
+        return [_known(tokenizer, number, less, template, stop, "system turn dropped")]
+    except MaskError: # this template wants one
+        return []
 
 # %% ../../nbs/reference/audit/labels.ipynb #fdcee216
-def _look_up(ids, known): # -> kinds of the tokens, how many tokens of answers are cut off; or None
-    n = len(ids)
-    for full, kinds in known:
-        if full[:n] == ids:
-            return kinds[:n], sum(kind == "answer" for kind, _ in kinds[n:])
-        if full[-n:] == ids:
-            return kinds[-n:], 0
-    return None
+def _as_bytes(ids): return array("q", ids).tobytes() # 8 a token, to be searched quickly
 
-def _by_rows(tokenizer, rows, template):
-    "A function that tells a conversation's kinds by the row that it was made from."
-    known = [_known(tokenizer, row, template) for row in rows]
-    whole = {tuple(ids): kinds for ids, kinds in known}
-    def tell(talk):
-        ids = talk.ids[talk.start:talk.end]
-        key = tuple(ids)
-        found = (whole[key], 0) if key in whole else _look_up(ids, known)
-        if found is None:
-            talk.note("not one of the rows", range(talk.start, talk.end))
-            return
-        kinds, talk.lacks = found
-        talk.kinds = dict(enumerate(kinds, talk.start))
+_EDGE = _as_bytes([-1]) # between rows
+
+class _Rows:
+    "Rows as tokens, to find a conversation among them."
+    def __init__(self, known, special):
+        self.known, self.special = known, special
+        self.equal = {} # ids -> which ones have them
+        for i, k in enumerate(known):
+            self.equal.setdefault(tuple(k.ids), []).append(i)
+        self.lengths = sorted({len(k.ids) for k in known}, reverse=True)
+        self.text = _EDGE + _EDGE.join(_as_bytes(k.ids) for k in known) + _EDGE
+        self.begins, at = [], 1 # where each is in `text`, in tokens
+        for k in known:
+            self.begins.append(at)
+            at += len(k.ids) + 1
+
+    def _search(self, ids): # -> where it is in `text`, in tokens
+        at = self.text.find(ids)
+        while at % 8 and at >= 0: # within a token
+            at = self.text.find(ids, at + 1)
+        return at // 8
+
+    def find(self, ids): # -> which one, and where `ids` begin in it; None: in none
+        "Whole rows first, then beginnings, then ends, then pieces."
+        if tuple(ids) in self.equal:
+            return self.equal[tuple(ids)][0], 0
+        piece = _as_bytes(ids)
+        for before, after in ((_EDGE, b""), (b"", _EDGE), (b"", b"")):
+            at = self._search(before + piece + after) + len(before) // 8
+            if at >= len(before) // 8 and ids:
+                which = bisect_right(self.begins, at) - 1
+                return which, at - self.begins[which]
+        return None
+
+    def cover(self, ids): # -> (which one, begin, end, tokens too many) of each row in it; or None
+        "Several rows in one, perhaps with special tokens after them."
+        pieces, at = [], 0
+        while at < len(ids):
+            parts = (tuple(ids[at:at + n]) for n in self.lengths if at + n <= len(ids))
+            part = next((part for part in parts if part in self.equal), None)
+            if part:
+                pieces.append((self.equal[part][0], at, at + len(part), 0))
+                at += len(part)
+            elif pieces and ids[at] in self.special:
+                which, begin, end, more = pieces[-1]
+                pieces[-1] = which, begin, end + 1, more + 1
+                at += 1
+            else:
+                return None
+        return pieces
+
+# %% ../../nbs/reference/audit/labels.ipynb #au10by01
+def _tell(talk, known, offset, more): # more: tokens too many after it
+    "Note in a conversation what a row says of it, from its token `offset` on."
+    n = talk.end - talk.start - more
+    talk.kinds = dict(enumerate(known.kinds[offset:offset + n], talk.start))
+    extra = range(talk.end - more, talk.end)
+    talk.kinds |= {i: ("extra", -1) for i in extra}
+    talk.lacks = sum(kind == "answer" for kind, _ in known.kinds[offset + n:])
+    talk.origin, talk.after, talk.silent = known.row, known.after, known.silent
+    talk.whole = n == len(known.ids)
+    talk.note("extra end token", extra)
+    talk.note("beginning cut off", [talk.start] if offset else ())
+    if known.fault:
+        talk.note(known.fault, [talk.start])
+
+def _cut_anew(talks, pieces): # the conversations of a row of a batch, by the rows found in it
+    first, old = talks[0], {talk.start for talk in talks}
+    noted = [(fault, i) for talk in talks for fault, places in talk.found.items() for i in places]
+    for _, begin, end, _ in pieces:
+        begin, end = begin + first.start, end + first.start
+        talk = Conversation(first.batch, first.row, first.ids, first.labels, begin, end,
+                            [] if begin > first.start else first.padding, first.positions)
+        for fault in dict.fromkeys(fault for fault, _ in noted):
+            own = {*range(begin, end), *talk.padding}
+            talk.note(fault, [i for name, i in noted if name == fault and i in own])
+        if begin not in old:
+            joined = "wrong position_ids" if first.positions else "rows joined"
+            talk.note(joined, range(begin, end))
+        yield talk
+
+def _by_rows(rows): # `_Rows`
+    "A function that tells the kinds in the conversations of a batch's row, by the rows."
+    def tell(talks):
+        found = [rows.find(talk.ids[talk.start:talk.end]) for talk in talks]
+        pieces = None
+        if None in found:
+            pieces = rows.cover(talks[0].ids[talks[0].start:talks[-1].end])
+        if pieces:
+            talks = list(_cut_anew(talks, pieces))
+            found = [(which, 0) for which, *_ in pieces]
+        for i, talk in enumerate(talks):
+            if found[i] is None:
+                talk.note("not one of the rows", range(talk.start, talk.end))
+            else:
+                which, offset = found[i]
+                _tell(talk, rows.known[which], offset, pieces[i][-1] if pieces else 0)
+        return talks
     return tell
 
 # %% ../../nbs/reference/audit/labels.ipynb #bef7ba67
-def _ending(tokenizer, ids, learned): # -> ids from the stop token on, as far as they are learned
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+def _ending(special, ids, learned): # -> ids from the stop token on, as far as they are learned
     stop = max((i for i in learned if ids[i] in special), default=learned[-1])
     return ids[stop:learned[-1] + 1]
 
-def _marks(tokenizer, template): # -> text from question to answer, ids that end it, text after
-    "What a template writes around an answer."
+def _first(tokenizer, talk, template, ids): # the special token that all conversations begin with
+    try:
+        parts = layout(tokenizer, [dict(role="system", content="Be."), *talk], template)
+        others = encode_segments(tokenizer, parts)[0]
+    except TemplateError: # it knows no system turn
+        others = ids
+    return ids[0] if ids[0] in _special(tokenizer) and others[0] == ids[0] else None
+
+def _marks(tokenizer, template) -> _Marks:
     if template is None and not tokenizer.chat_template:
-        return "", [tokenizer.eos_token_id], ""
+        return _Marks(None, "", [tokenizer.eos_token_id], "")
     talk = [dict(role="user", content="Why?"), dict(role="assistant", content="So.")]
     parts = layout(tokenizer, talk, template)
     texts = [part.text for part in parts]
@@ -202,71 +451,143 @@ def _marks(tokenizer, template): # -> text from question to answer, ids that end
     learned = [i for i, owner in enumerate(owners) if parts[owner].learned]
     def text(some):
         return "".join(part.text for part in some if not part.learned)
-    return (text(parts[asked + 1:answered]), _ending(tokenizer, ids, learned),
-            text(parts[answered:]))
+    return _Marks(_first(tokenizer, talk, template, ids), text(parts[asked + 1:answered]),
+                  _ending(_special(tokenizer), ids, learned), text(parts[answered:]))
 
 # %% ../../nbs/reference/audit/labels.ipynb #ffb13ef8
-def _kinds_of_text(text, answer, tail): # -> (kind, turn) of each character
+def _kinds_of_text(text, answer, tail, extra): # -> (kind, turn) of each character
     kinds = [("prompt", -1)] * len(text)
     for turn, m in enumerate(answer.finditer(text)):
-        spans = (("header", m.start(), m.start(1)), ("answer", *m.span(1)), ("stop", *m.span(2)))
+        a, b = m.span(1)
+        if not m[2] and tail and m[1].endswith(tail): # it ends without its stop token
+            b -= len(tail)
+        spans = (("header", m.start(), a), ("answer", a, b), ("tail", b, m.end(1)),
+                 ("stop", *m.span(2)))
         for kind, a, b in spans:
             kinds[a:b] = [(kind, turn)] * (b - a)
-        if text[m.end():] == tail:
-            kinds[m.end():] = [("tail", turn)] * (len(text) - m.end())
+        rest = text[m.end():]
+        if rest == tail or rest.startswith(tail) and extra.fullmatch(rest, len(tail)):
+            after = m.end() + len(tail)
+            kinds[m.end():after] = [("tail", turn)] * len(tail)
+            kinds[after:] = [("extra", -1)] * (len(text) - after)
     return kinds
 
-def _by_template(tokenizer, header, ending, tail):
-    "A function that tells a conversation's kinds by a template's marks."
-    def spelled(text):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return "".join(tokenizer.convert_ids_to_tokens(ids))
-    before = re.escape(spelled(header))
-    end = re.escape("".join(tokenizer.convert_ids_to_tokens(ending)))
-    answer = re.compile(f"{before}(.*?)({end}|$)", re.DOTALL)
-    tail = spelled(tail)
-    def tell(talk):
-        pieces = tokenizer.convert_ids_to_tokens(talk.ids[talk.start:talk.end])
-        kinds = _kinds_of_text("".join(pieces), answer, tail)
-        at = 0
-        for i, piece in enumerate(pieces, talk.start):
-            over = kinds[at:at + len(piece)]
-            answers = [kind for kind in over if kind[0] in ("answer", "stop")]
-            talk.kinds[i] = (answers or over)[0] # one character of an answer is enough
-            at += len(piece)
+def _speller(tokenizer): # a function: ids as pieces of text, special tokens unlike typed ones
+    special = _special(tokenizer)
+    def spelled(ids):
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        return [f"\0{p}\1" if i in special else p or f"<{i}>" for i, p in zip(ids, pieces)]
+    return spelled
+
+def _kinds_of_pieces(pieces, *patterns): # -> (kind, turn) of each
+    kinds, at, found = _kinds_of_text("".join(pieces), *patterns), 0, []
+    for piece in pieces:
+        over = kinds[at:at + len(piece)]
+        answers = [kind for kind in over if kind[0] in ("answer", "stop")]
+        found.append((answers or over)[0]) # one character of an answer is enough
+        at += len(piece)
+    return found
+
+def _patterns(tokenizer, marks, spelled): # of an answer, what comes after it, tokens too many
+    def text_of(ids):
+        return "".join(spelled(ids))
+    def ids_of(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    special = _special(tokenizer) - {*marks.ending}
+    begin = special & {marks.first, *ids_of(marks.header)} # what begins a turn
+    before = "|".join(re.escape(text_of([i])) for i in begin) or "$"
+    header, end = re.escape(text_of(ids_of(marks.header))), re.escape(text_of(marks.ending))
+    extra = "|".join(re.escape(text_of([i])) for i in _special(tokenizer) - begin)
+    return (re.compile(f"{header}(.*?)({end}|(?={before})|$)", re.DOTALL),
+            text_of(ids_of(marks.tail)), re.compile(f"(?:{extra or '$'})+"))
+
+def _by_template(tokenizer, marks):
+    "A function that tells the kinds in the conversations of a batch's row, by a template's marks."
+    spelled, stop, special = _speller(tokenizer), marks.ending[0], _special(tokenizer)
+    patterns = _patterns(tokenizer, marks, spelled)
+    def tell(talks):
+        for talk in talks:
+            ids, own = talk.ids[talk.start:talk.end], range(talk.start, talk.end)
+            kinds = _kinds_of_pieces(spelled(ids), *patterns)
+            answered = any(kind in ("answer", "stop") for kind, _ in kinds)
+            begun = marks.first in (None, *ids[:1])
+            ended = stop in ids[-len(marks.ending) - 1:] and any(
+                talk.labels[i] != IGNORE for i in own)
+            if not answered and (not begun or ended):
+                talk.note("no answer found", own)
+                continue
+            talk.kinds = dict(zip(own, kinds))
+            talk.note("extra end token", [i for i in own if talk.kinds[i][0] == "extra"])
+            if not begun:
+                talk.note("beginning cut off", [talk.start])
+                _forget_piece(talk, special)
+        return talks
     return tell
 
+def _forget_piece(talk, special): # what a conversation begins with, if its beginning is gone
+    for i in range(talk.start, talk.end):
+        talk.kinds.pop(i)
+        if talk.ids[i] in special:
+            return
+
 # %% ../../nbs/reference/audit/labels.ipynb #f3c5efd9
+_STEPS = (1, -1, 2, -2, 3, -3, 4, -4)
+
 def _learned_places(talk):
     "The places that are learned; notes labels that are not their tokens, or are shifted."
     ids, labels = talk.ids, talk.labels
     places = [i for i in (*range(talk.start, talk.end), *talk.padding) if labels[i] != IGNORE]
     wrong = [i for i in places if labels[i] != ids[i]]
     talk.note("label is not its token", wrong)
-    for step in (1, -1) if wrong else ():
+    for step in _STEPS if wrong else ():
         inside = [i for i in places if 0 <= i + step < len(ids)]
         moved = [i + step for i in inside if labels[i] == ids[i + step]]
-        if len(moved) >= 0.9 * len(places):
+        if len(moved) >= max(0.9 * len(inside), 0.5 * len(places)):
             talk.note("shifted labels", places)
             return set(moved)
     return set(places)
 
 # %% ../../nbs/reference/audit/labels.ipynb #d2914eba
-def _check_parts(talk, pad_id):
+def _check_parts(talk, pad_id, everything):
     "Where the kinds are known: which kinds are learned."
-    places, taught = {}, set()
+    places = {}
     for i, (kind, turn) in talk.kinds.items():
-        places.setdefault(kind, []).append(i)
-        if kind in ("answer", "stop") and i in talk.learned:
-            taught.add(turn)
+        places.setdefault("silent" if turn in talk.silent else kind, []).append(i)
+    asked = places.get("prompt", []) + places.get("header", [])
+    answers = places.get("answer", []) + places.get("stop", [])
+    # these may be masked all the same
+    free = {talk.start, *(i for i in asked if talk.ids[i] == pad_id)}
+    if "shifted labels" in talk.found: # nothing is known of the first ones
+        free |= set(range(talk.start, talk.start + max(_STEPS)))
+    if everything:
+        masked = set(asked + answers) - talk.learned - free
+        talk.note("not everything learned", sorted(masked))
+        return
     for kind in ("prompt", "header"):
         talk.note(f"{kind} learned", [i for i in places.get(kind, []) if i in talk.learned])
-    asked = places.get("prompt", []) + places.get("header", [])
-    free = {talk.start, *(i for i in asked if talk.ids[i] == pad_id)} # may be masked all the same
-    if "prompt learned" in talk.found and talk.learned | free >= set(asked):
-        talk.note("everything learned", asked)
-    masked = [i for i in places.get("answer", []) if i not in talk.learned]
+    all_but_stops = set(asked + places.get("answer", []))
+    if "prompt learned" in talk.found and talk.learned | free >= all_but_stops:
+        talk.note("everything learned", [i for i in asked if i in talk.learned])
+    elif "prompt learned" in talk.found and not talk.learned & set(answers):
+        talk.note("mask upside down", asked + answers if answers else ())
+    _check_answers(talk, [i for i in answers if i != talk.start]) # nothing predicts the first
+
+def _check_answers(talk, places): # of answers and their stop tokens
+    "Which answers are learned, and whether all of each."
+    def turns(some):
+        return {talk.kinds[i][1] for i in some}
+    has, taught = turns(places), turns([i for i in places if i in talk.learned])
+    masked = [i for i in places if i not in talk.learned and talk.kinds[i][0] == "answer"]
     talk.note("answer partly learned", [i for i in masked if talk.kinds[i][1] in taught])
+    if not taught:
+        return
+    last = {turn for turn in has if turn in talk.after} if talk.after else set()
+    if talk.after is None: # unknown: any from one answer on
+        last = {turn for turn in has if turn >= min(taught)}
+    means = dict(assistant=has, last={max(has)}, completion=last)
+    talk.modes = {mode for mode, meant in means.items() if meant == taught}
+    if not talk.modes:
+        talk.note("answer not learned", [i for i in masked if talk.kinds[i][1] not in taught])
 
 # %% ../../nbs/reference/audit/labels.ipynb #1f77d21f
 def _check_ends(talk, stop, n_tail, pad_id): # n_tail: how many tokens may follow a stop token
@@ -275,65 +596,139 @@ def _check_ends(talk, stop, n_tail, pad_id): # n_tail: how many tokens may follo
     if not learned:
         talk.note("nothing learned", range(talk.start, talk.end))
     talk.note("padding learned", [i for i in talk.padding if i in learned])
-    ends = [] # of stretches that do not reach a stop token
-    for i in sorted(learned):
-        last = i + 1 not in learned or i + 1 == talk.end
-        if not (last and talk.start <= i < talk.end):
-            continue
-        stopped = stop in ids[max(i - n_tail, talk.start):i + 1]
-        asked = talk.kinds.get(i, ("answer",))[0] in ("prompt", "header")
-        if not stopped and not asked:
-            ends.append(i)
+    def stopped(i):
+        return stop in ids[max(i - n_tail, talk.start):i + 1]
+    def kind(i):
+        return talk.kinds.get(i, ("answer",))[0]
+    talk.unended = talk.end > talk.start and not (
+        stopped(talk.end - 1) or kind(talk.end - 1) == "extra")
+    lasts = [i for i in sorted(learned) if talk.start <= i < talk.end
+             and (i + 1 not in learned or i + 1 == talk.end)]
+    ends = [i for i in lasts if not stopped(i) and kind(i) in ("answer", "stop")]
     masked = [i + 1 for i in ends if i + 1 < talk.end and ids[i + 1] == stop]
     talk.note("stop token not learned", masked)
-    talk.note("no stop token", [i for i in ends if i + 1 == talk.end])
+    inside = [i for i in ends if talk.kinds and i + 1 < talk.end and kind(i + 1) == "answer"]
+    talk.note("no stop token", [i for i in ends if i + 1 not in masked and i not in inside])
     if stop == pad_id and not any(ids[i] == stop for i in learned):
         talk.note("pad is the stop token", masked)
 
 # %% ../../nbs/reference/audit/labels.ipynb #c6fdad59
-def _prompt_length(talk): # tokens before its first answer
+def _prompt_length(talk): # tokens before its first answer; None: it has none, or is unknown
     for i, (kind, _) in talk.kinds.items():
         if kind in ("answer", "stop"):
             return i - talk.start
-    return talk.end - talk.start
+    return None
 
 def _learned_from(talk, column): # whether it is learned from there on, and only there
     from_there = range(max(column, talk.start), talk.end)
     return talk.learned - set(talk.padding) == set(from_there)
 
-def _check_columns(talks): # of one batch
+def _columns_that_fit(talks): # of one batch -> causes
     "Whether rows are masked up to a column that fits only some of them."
-    some = [talk for talk in talks if talk.learned]
     packed = len({talk.row for talk in talks}) < len(talks)
-    misplaced = any(fault in talk.found for talk in talks for fault in _MISPLACED)
-    if len(talks) < 2 or packed or not misplaced:
-        return
-    if all("everything learned" in talk.found for talk in some):
-        return
-    begins = [min(talk.learned) for talk in some if min(talk.learned) > talk.start]
-    one_column = [min(begins, default=0)] * len(talks)
-    lengths = [_prompt_length(talk) for talk in talks]
-    for cause, columns in (("one cut for all rows", one_column),
-                           ("cut counted over padding", lengths)):
-        if all(_learned_from(talk, column) for talk, column in zip(talks, columns)):
-            for talk in talks:
-                noted = [talk.found.get(fault, ()) for fault in LABEL_FAULTS[cause].follows]
-                talk.note(cause, sorted(set().union(*noted)))
-            return
+    some = [talk for talk in talks if _prompt_length(talk) is not None]
+    misplaced = any(fault in talk.found for talk in some for fault in _MISPLACED)
+    taught = [talk for talk in some if talk.learned]
+    if packed or not misplaced or all("everything learned" in talk.found for talk in taught):
+        return []
+    begins = [min(talk.learned) for talk in taught if min(talk.learned) > talk.start]
+    lengths = [_prompt_length(talk) for talk in some]
+    right = {talk.start + n for talk, n in zip(some, lengths)} # columns that would be right
+    padded = any(talk.start for talk in some) # on the left
+    columns = {}
+    if padded:
+        columns["cut counted over padding"] = lengths
+    if len(right) > 1:
+        columns["one cut for all rows"] = [min(begins, default=0)] * len(some)
+    return [cause for cause, cuts in columns.items()
+            if all(_learned_from(talk, cut) for talk, cut in zip(some, cuts))]
+
+def _check_columns(talks): # of all batches
+    "In a batch both may fit; then it is that which fits more batches."
+    batches = [list(batch) for _, batch in groupby(talks, key=lambda talk: talk.batch)]
+    fitting = [_columns_that_fit(batch) for batch in batches]
+    often = Counter(cause for causes in fitting for cause in causes)
+    for batch, causes in zip(batches, fitting):
+        if causes:
+            told = [talk for talk in batch if talk.kinds]
+            _note_all(told, max(causes, key=lambda cause: often[cause]))
+
+def _note_all(talks, cause): # where what follows from it was noted
+    for talk in talks:
+        noted = [talk.found.get(fault, ()) for fault in LABEL_FAULTS[cause].follows]
+        talk.note(cause, sorted(set().union(*noted)))
 
 # %% ../../nbs/reference/audit/labels.ipynb #1429766e
+def _cut_end(talk): # where it ends without a stop token, if it is learned up to there
+    return [i for i in talk.found.get("no stop token", ()) if i == talk.end - 1]
+
 def _check_cut_off(talks): # of all batches
-    "Which conversations lost the end of an answer to a limit of length."
+    "Which conversations lost the end of an answer, or a whole one, to a limit of length."
     longest = max(talk.end - talk.start for talk in talks)
     at_limit = [talk for talk in talks if talk.end - talk.start == longest]
     below = [talk for talk in talks if talk.end - talk.start < longest]
-    others_too = any("no stop token" in talk.found for talk in below) # then it is not the limit
-    for talk in at_limit:
-        unended = talk.found.get("no stop token")
-        if talk.lacks:
-            talk.note("cut off", unended or talk.found.get("nothing learned"))
-        elif not others_too:
-            talk.note("cut off", unended)
+    others_too = any(_cut_end(talk) for talk in below) # then it is not the limit
+    several = len([talk for talk in at_limit if talk.unended]) > 1
+    for talk in at_limit if not others_too else ():
+        unlearned = several and talk.unended and talk.origin is None # in a prompt, as it seems
+        talk.note("cut off", _cut_end(talk) or unlearned and [talk.end - 1])
+    for talk in at_limit: # cut just after a turn, as others were within one
+        if talk.origin is None and any("cut off" in other.found for other in at_limit):
+            talk.note("cut off", talk.found.get("nothing learned"))
+    for talk in talks:
+        if talk.lacks: # the rows tell it for certain
+            talk.note("cut off", _cut_end(talk) or [talk.end - 1])
+
+def _check_modes(talks): # of all batches
+    "Whether one and the same mode fits all conversations."
+    told = [talk for talk in talks if talk.modes]
+    if not told or set.intersection(*(talk.modes for talk in told)):
+        return
+    for talk in told:
+        answers = [i for i, (kind, turn) in talk.kinds.items()
+                   if kind == "answer" and turn not in talk.silent]
+        if "assistant" not in talk.modes:
+            talk.note("answer not learned", [i for i in answers if i not in talk.learned])
+
+# %% ../../nbs/reference/audit/labels.ipynb #au10ct01
+def _check_twice(talks, rows):
+    "Which of equal rows each is; and which are in the batches more often than they were given."
+    seen = Counter()
+    for talk in talks:
+        equal = rows.equal.get(tuple(talk.ids[talk.start:talk.end]))
+        if talk.whole and equal:
+            talk.origin = rows.known[equal[min(seen[equal[0]], len(equal) - 1)]].row
+            seen[equal[0]] += 1
+            twice = seen[equal[0]] > len(equal)
+            talk.note("row twice", range(talk.start, talk.end) if twice else ())
+
+def _unseen(talks, rows): # -> rows that no conversation may be a part of
+    seen = {tuple(talk.ids[talk.start:talk.end]) for talk in talks if not talk.whole}
+    origins, lengths = {talk.origin for talk in talks}, {len(ids) for ids in seen}
+    def may_be(known): # a piece may be that of another row with the same beginning or end
+        ids = tuple(known.ids)
+        return known.row in origins or any(
+            ids[:n] in seen or ids[-n:] in seen for n in lengths if n <= len(ids))
+    return [k for k in rows.known if not k.fault and not may_be(k)]
+
+def _missing(talks, rows): # -> `Conversation`s that are not there
+    """Rows that were dropped. Batches may be a part of an epoch, so it is one if fewer rows are
+    missing than a batch holds, or exactly the longest, which chance would not leave out."""
+    if any("not one of the rows" in talk.found for talk in talks):
+        return []
+    unseen = _unseen(talks, rows)
+    sizes = Counter(talk.batch for talk in talks)
+    longest_seen = max(talk.end - talk.start for talk in talks)
+    longest = all(len(k.ids) > longest_seen for k in unseen)
+    n = len({k.row for k in rows.known})
+    few = len(sizes) > 1 and len(unseen) < max(sizes.values())
+    if not few and not (longest and comb(n, len(unseen)) > 100):
+        return []
+    lost = [Conversation(None, k.row, k.ids, [IGNORE] * len(k.ids), 0, len(k.ids), [])
+            for k in unseen]
+    for talk in lost:
+        talk.note("row missing", range(talk.end))
+    return lost
 
 # %% ../../nbs/reference/audit/labels.ipynb #20260526
 def _causes(talks): # -> cause -> (its conversations, how often each consequence follows)
@@ -348,6 +743,9 @@ def _causes(talks): # -> cause -> (its conversations, how often each consequence
     return dict(sorted(found.items(), key=lambda item: (-len(item[1][0]), item[0])))
 
 # %% ../../nbs/reference/audit/labels.ipynb #dac8a97e
+_LEARNS = dict(assistant="every answer", last="the last answer of each",
+               completion="what follows the last question")
+
 @dataclass
 class LabelReport:
     "What `audit_labels` found."
@@ -355,11 +753,29 @@ class LabelReport:
     tokenizer:object
     stop:int # id of the stop token
     batches:int # how many
+    missing:list # `Conversation`s: rows that are in no batch, and should be
+    rows:int = None # how many were given
+    everything:bool = False # whether everything was to be learned
 
     @property
     def causes(self): # most frequent first
         "cause -> (its conversations, how often each consequence follows)"
-        return _causes(self.talks)
+        return _causes(self.talks + self.missing)
+
+    @property
+    def learns(self) -> str: # None where the prompts are unknown, or rows are not alike
+        "What is learned: everything, every answer, the last one, what follows the last question."
+        told = [talk for talk in self.talks if talk.kinds]
+        taught = [talk for talk in told if talk.learned]
+        if taught and all(self._all_learned(talk) for talk in taught):
+            return "everything"
+        common = set.intersection(*(talk.modes for talk in taught)) if taught else set()
+        return next((words for mode, words in _LEARNS.items() if mode in common), None)
+
+    def _all_learned(self, talk):
+        if self.everything:
+            return "not everything learned" not in talk.found
+        return "everything learned" in talk.found
 
     @property
     def figures(self): # `told`: in how many conversations prompts can be told from answers
@@ -393,15 +809,23 @@ def _told(figures): # in words
 def _summary(report):
     f = report.figures
     percent = 100 * f["learned"] / max(f["tokens"], 1)
+    learns = f": {report.learns}" if report.learns else ""
     stop = report.tokenizer.decode([report.stop])
+    rows = ""
+    if report.rows is not None:
+        seen = {talk.origin for talk in report.talks} - {None}
+        rows = f" {len(seen):,} of {report.rows:,} rows are in them."
     return (
         f"{f['conversations']:,} conversations in {f['batches']:,} batches; "
-        f"{f['learned']:,} of {f['tokens']:,} tokens are learned ({percent:.1f} %), "
-        f"{f['padding']:,} places are padding. Stop token: {stop}; {_told(f)}.")
+        f"{f['learned']:,} of {f['tokens']:,} tokens are learned ({percent:.1f} %){learns}; "
+        f"{f['padding']:,} places are padding. Stop token: {stop}; {_told(f)}.{rows}")
+
+def _place(talk):
+    return f"rows[{talk.row}]" if talk.batch is None else f"batch {talk.batch} row {talk.row}"
 
 def _lines(report): # -> of each cause: name, where it is, what it leads to, the fix, what follows
     for cause, (talks, follows) in report.causes.items():
-        where = ", ".join(f"batch {talk.batch} row {talk.row}" for talk in talks[:3])
+        where = ", ".join(map(_place, talks[:3]))
         if len(talks) > 3:
             where += ", …"
         where = f"{len(talks):,} conversations ({where})"
@@ -441,50 +865,98 @@ def _as_html(report):
     return f"{summary}<table>{table}</table>{shown}"
 
 # %% ../../nbs/reference/audit/labels.ipynb #bccf1dc9
+def _as_messages(number, row): # a `MessageRow`
+    if row.get("messages"):
+        return row
+    try:
+        if row.get("prompt") is None or row.get("completion") is None:
+            raise DataError("holds no messages, and no prompt and completion")
+        return to_messages({key: value for key, value in row.items() if value is not None})
+    except DataError as e:
+        raise MaskError(f"row {number + 1}: {e}: make it a row of messages with "
+                        "`sftlab.data.to_messages`") from None
+
+def _rows_of(tokenizer, rows, template, marks): # -> `_Rows`
+    first = next(iter(rows), None) if isinstance(rows, (list, tuple)) else None
+    if not (isinstance(first, dict) and {"prompt", "completion"} <= first.keys()):
+        check_message_rows(rows, MaskError)
+    known, less = [], []
+    for number, row in enumerate(rows):
+        row = _as_messages(number, row)
+        known.append(_known(tokenizer, number, row, template, marks.ending[0]))
+        less += _without_system(tokenizer, number, row, template, marks.ending[0])
+    header = tokenizer(marks.header, add_special_tokens=False)["input_ids"]
+    begin = {marks.first, *header} - {*marks.ending} # after a row they begin another turn
+    return _Rows(known + less, _special(tokenizer) - begin)
+
+class _Audit(NamedTuple): # what is worked out once
+    marks:_Marks
+    n_tail:int # how many tokens may follow a stop token
+    tell:Callable # from the conversations of a row of a batch to the same, with kinds; or None
+    everything:bool
+
 def label_auditor(
     tokenizer,
     rows:list[MessageRow]=None, # as for `audit_labels`
     template:str=None, # as for `audit_labels`
+    everything:bool=False, # as for `audit_labels`
 ): # a function from batches (and perhaps another pad_id) to a `LabelReport`
     """Prepare an audit: what rows or template tell is worked out once, for many calls.
 
     Rows without messages raise a `MaskError`, and so does auditing without a batch."""
-    check_message_rows(rows or [], MaskError)
-    header, ending, tail = _marks(tokenizer, template)
-    stop = ending[0]
-    n_tail = len(ending) - 1 + len(tokenizer(tail, add_special_tokens=False)["input_ids"])
+    given = None if rows is None else len(rows) if hasattr(rows, "__len__") else 0
+    marks = _marks(tokenizer, template)
+    known = None if rows is None else _rows_of(tokenizer, rows, template, marks)
+    tail = tokenizer(marks.tail, add_special_tokens=False)["input_ids"]
     tell = None
-    if rows is not None:
-        tell = _by_rows(tokenizer, rows, template)
-    elif template:
-        tell = _by_template(tokenizer, header, ending, tail)
+    if known:
+        tell = _by_rows(known)
+    elif template or tokenizer.chat_template:
+        tell = _by_template(tokenizer, marks)
+    n_tail = len(marks.ending) - 1 + len(tail) if tell else 2 # unknown: a line end or two
+    plan = _Audit(marks, n_tail, tell, everything)
     def audit(batches, pad_id=tokenizer.pad_token_id):
         check_several(batches)
         batches = list(batches)
         check_batches(batches)
-        talks = list(conversations(batches, pad_id, stop))
-        for _, batch in groupby(talks, key=lambda talk: talk.batch):
-            _check_batch_of(list(batch), tell, stop, n_tail, pad_id)
-        _check_cut_off(talks)
-        return LabelReport(talks, tokenizer, stop, len(batches))
+        found = list(conversations(batches, pad_id, [marks.first], [*marks.ending, *tail]))
+        talks = [talk for _, batch in groupby(found, key=lambda talk: talk.batch)
+                 for talk in _check_batch_of(list(batch), plan, pad_id)]
+        missing = _check_all(talks, known)
+        return LabelReport(talks, tokenizer, marks.ending[0], len(batches), missing, given,
+                           everything)
     return audit
 
-def _check_batch_of(talks, tell, stop, n_tail, pad_id):
+def _check_batch_of(talks, plan, pad_id): # -> the conversations of a batch
+    if plan.tell:
+        talks = [talk for _, row in groupby(talks, key=lambda talk: talk.row)
+                 for talk in plan.tell(list(row))]
     for talk in talks:
-        if tell:
-            tell(talk)
         talk.learned = _learned_places(talk)
-        _check_parts(talk, pad_id)
-        _check_ends(talk, stop, n_tail, pad_id)
-    _check_columns(talks)
+        _check_parts(talk, pad_id, plan.everything)
+        _check_ends(talk, plan.marks.ending[0], plan.n_tail, pad_id)
+    return talks
+
+def _check_all(talks, known): # -> rows that are missing
+    _check_columns([talk for talk in talks if "shifted labels" not in talk.found])
+    _check_modes(talks)
+    _check_cut_off(talks)
+    if not known:
+        return []
+    _check_twice(talks, known)
+    return _missing(talks, known)
 
 # %% ../../nbs/reference/audit/labels.ipynb #c1dc5dcb
 def audit_labels(
-    batches, # a list of them, as they come out of a collator, or a DataLoader
+    batches, # a list of them, as they come out of a collator, or a DataLoader; at most an epoch
     tokenizer,
     rows:list[MessageRow]=None, # what the batches were made from; tell prompts exactly
-    template:str=None, # one of `TEMPLATES`, or the tokenizer's own; tells prompts without rows
+    template:str=None, # one of `TEMPLATES`; by default the tokenizer's own
+    everything:bool=False, # whether prompts are learned too, on purpose
 ) -> LabelReport:
     """Look for faults between rows and loss, in the very batches that the model gets; raises a
-    `MaskError` where there are none, one has no ids or labels, or `rows` hold no messages."""
-    return label_auditor(tokenizer, rows, template)(batches)
+    `MaskError` where there are none, one has no ids or labels, or `rows` hold no messages.
+
+    `rows` may also hold `prompt` and `completion`. Without rows, the template tells prompts from
+    answers, and some faults cannot be seen: see the notebook."""
+    return label_auditor(tokenizer, rows, template, everything)(batches)

@@ -10,20 +10,20 @@ import os
 import shlex
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
 from ..errors import FinetuneError
 from ..files.atomic import atomic_dir
-from sftlab.finetune import (
+from ..finetune import (
     batch_sizes, context_length, default_learning_rate, encode_for_training, finetune,
-    held_out_losses, is_main_process, is_tiny, stop_tokens, training_template, use_template,
-    world_size)
-from ..guards.finetune import (
-    check_gpus, check_ids, check_length, check_method, check_processes, check_targets)
-from ..models import load, max_positions, pick_device
+    held_out_losses, is_main_process, is_tiny, training_template, use_template, world_size)
+from ..guards.finetune import check_gpus, check_method, check_processes
+from ..models import load, pick_device
 from .app import Method, app, choices, examples, quiet, save_figure, say
 from .data import COMPLETION_COLUMN, ON_ERROR, PROMPT_COLUMN, columns_of
 from .rows import (
@@ -121,8 +121,6 @@ def _seconds_per_batch(model, encoded, batch):
     rows = sorted(encoded, key=lambda row: len(row["input_ids"]))
     middle = rows[len(rows) // 2:][:batch] # of ordinary length
     inputs = {name: tensor.to(model.device) for name, tensor in padded(middle).items()}
-    embedded = model.get_input_embeddings()
-    embedded.weight.requires_grad_(embedded.weight.is_floating_point())
     times = []
     for _ in range(2): # the first also warms up
         start = time.perf_counter()
@@ -132,40 +130,39 @@ def _seconds_per_batch(model, encoded, batch):
         model.zero_grad()
     return times[-1]
 
-def _predict_memory(net, method, batch, limit, rank):
-    from sftlab.errors import MemoryEstimateError
-    from sftlab.memory import estimate
-    try:
-        predicted = estimate(net.config, method, batch, limit, r=rank)
-        say("memory", f"{predicted.total / 1e9:.2f} GB, predicted (sftlab memory shows the terms)")
-    except MemoryEstimateError as e:
-        say("memory", f"not predicted: {e}")
+def _say_checks(trainer):
+    "Look at a run before its first step: what nobody means stops it with one line."
+    from sftlab.preflight import preflight_trainer
+    report = preflight_trainer(trainer)
+    say("checks", report.line())
+    for check in report.checks:
+        for problem, text in zip(check.problems, check.texts()):
+            if problem.stops:
+                raise FinetuneError(f"{check.name}: {text}")
+            say("warning", f"{check.name}: {text}")
+        if check.name == "memory" and not check.problems:
+            say("memory", check.said)
 
-def _dry_run(net, tokenizer, rows, limit, settings):
-    "Show what would be trained, and what it would need."
-    lora = _lora(settings) if settings["method"] != "full" else {}
-    check_targets(net, lora.get("target_modules"))
-    check_length(limit, max_positions(net))
-    encoded = encode_for_training(tokenizer, rows)
-    check_ids(net, encoded)
-    stop_tokens(tokenizer, encoded) # refuses an answer without an end
+def _dry_run(settings, trainer):
+    "Show what would be trained, and what it would need; ends the program."
+    tokenizer, encoded = trainer.processing_class, list(trainer.train_dataset)
     template = training_template(tokenizer)
     say("template", f"{len(template):,} characters of Jinja, beginning with "
                     f"{_short(template, 60)!r}")
     for n, row in enumerate(encoded[:3], 1):
         say(f"row {n}", _as_learned(tokenizer, row))
-    learned = sum(label != -100 for row in encoded for label in row["labels"][:limit])
-    whole = sum(len(row["input_ids"][:limit]) for row in encoded)
+    learned = sum(label != -100 for row in encoded for label in row["labels"])
+    whole = sum(len(row["input_ids"]) for row in encoded)
     say("tokens", f"{whole:,} in an epoch, of which {learned:,} are learned")
+    _say_checks(trainer)
     batch, accumulated = settings["batch_size"], settings["grad_accum"]
-    _predict_memory(net, settings["method"], batch, limit, settings["lora_rank"] or 8)
-    cut = [{name: ids[:limit] for name, ids in row.items()} for row in encoded]
-    batches = len(rows) / batch / world_size() * settings["epochs"]
-    seconds = _seconds_per_batch(net, cut, batch) * batches
+    batches = len(encoded) / batch / world_size() * settings["epochs"]
+    seconds = _seconds_per_batch(trainer.model, encoded, batch) * batches
     lasts = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
-    say("time", f"about {lasts} on {net.device.type}, the samples not counted ({batch} rows at "
-                f"once, {batch * accumulated * world_size()} rows a step)")
+    say("time", f"about {lasts} on {trainer.model.device.type}, the samples not counted ({batch} "
+                f"rows at once, {batch * accumulated * world_size()} rows a step)")
     say("dry run", "nothing was trained or written")
+    raise typer.Exit
 
 # %% ../../nbs/reference/program/train.ipynb #ce84c23b
 _TINY_NOTE = (
@@ -311,9 +308,8 @@ def train_command(
         versions=versions("sftlab", "torch", "transformers", "trl", "peft"))
     check_facts(config, ctx.meta.get("facts", {}), settings)
     if dry_run:
-        if is_main_process():
-            _run(settings, columns, None, None)
-        return
+        with TemporaryDirectory() as folder:
+            _run(settings, columns, Path(folder), None, dry=True)
     if not is_main_process():
         _run(settings, columns, output, unfinished_folder(output))
         return
@@ -383,8 +379,8 @@ def _say_where_use_differs(tokenizer, rows):
                        "tokens than those that the model is given in use, so it may answer badly "
                        "or not at all: see --dry-run, and give another --template")
 
-def _run(settings, columns, folder, checkpoints) -> dict: # what is known of the run at its end
-    "Load, read, ask, train, ask again; without a folder only look."
+def _run(settings, columns, folder, checkpoints, dry=False) -> dict: # what is known at its end
+    "Load, read, ask, train, ask again; or (dry) only look."
     read = _read(settings, columns)
     net, tokenizer = _load(settings)
     lora = _lora(settings)
@@ -395,22 +391,22 @@ def _run(settings, columns, folder, checkpoints) -> dict: # what is known of the
     if is_tiny(net) and settings["model"] == "tiny":
         say("note", _TINY_NOTE)
     check_method(net, method, lora)
-    if folder is None:
-        _dry_run(net, tokenizer, rows, limit, filled)
-        return {}
     if world_size() > 1:
         batch, accumulated = filled["batch_size"], filled["grad_accum"]
         say("shared", f"by {world_size()} processes, each with {batch} rows at once: "
                       f"{batch * accumulated * world_size()} rows a step")
-    questions = _questions(tokenizer, held_out, limit) if is_main_process() else []
+    asks = is_main_process() and not dry
+    questions = _questions(tokenizer, held_out, limit) if asks else []
     answers_before = _answers(net, tokenizer, questions)
-    say("train", f"{settings['epochs']:g} epochs, learning rate {rate:g}; stopped with Ctrl-C, it "
-                 "goes on when the same command is given again")
+    if not dry:
+        say("train", f"{settings['epochs']:g} epochs, learning rate {rate:g}; stopped with Ctrl-C, "
+                     "it goes on when the same command is given again")
     trainer = finetune(
         net, tokenizer, rows, folder / "made", method, settings["epochs"], rate, settings["seed"],
         held_out, [_progress()], checkpoints, lora, filled["batch_size"], filled["grad_accum"],
         limit, settings["keep"] == "best", settings["patience"],
-        [settings["report_to"]] if settings["report_to"] else [])
+        [settings["report_to"]] if settings["report_to"] else [],
+        partial(_dry_run, filled) if dry else _say_checks)
     trainer.accelerator.end_training()
     if not is_main_process():
         return {}
