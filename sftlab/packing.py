@@ -22,7 +22,7 @@ def pack(
 ) -> list: # for each row, the numbers of its documents
     "Best-fit decreasing; raises a `MaskError` for a document that no row can hold."
     check_lengths(lengths, max_length)
-    rows, open_rows = [], [] # the second: (space, when it was made, row), least space first
+    rows, open_rows = [], [] # the second: (space, when it was last changed, row)
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for step, i in enumerate(longest_first):
         at = bisect_left(open_rows, (lengths[i],)) # the first with enough space
