@@ -8,7 +8,7 @@ __all__ = ['LESSON', 'q1', 'q2', 'q3', 'q4', 'Near', 'Layer', 'Curve', 'TinyLoss
 # %% ../../../exercises/solutions/10_neftune.ipynb #f0000004
 import functools
 import math  # noqa: F811
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..exercises import OpenQuestion, Question
 
@@ -140,7 +140,7 @@ def _(alpha, before, after): return alpha * math.log2(after[1]) / math.log2(befo
 
 # %% ../../../exercises/solutions/10_neftune.ipynb #f0000023
 def noisy(embedding, alpha):
-    "Put NEFTune's noise on an embedding layer; returns the handle of the hook."
+    "Put NEFTune's noise on an embedding layer; returns the layer."
     # BEGIN SOLUTION
     import torch
     def hook(module, args, output):
@@ -149,7 +149,8 @@ def noisy(embedding, alpha):
         length, width = output.shape[-2:]
         bound = alpha / math.sqrt(length * width)
         return output + torch.empty_like(output).uniform_(-bound, bound)
-    return embedding.register_forward_hook(hook)
+    embedding.register_forward_hook(hook)
+    return embedding
     # END SOLUTION
 
 # %% ../../../exercises/solutions/10_neftune.ipynb #f0000024
@@ -175,9 +176,13 @@ def _kind_of_layer():
                 super().__init__(30, width)
             self.lengths, self.weight.data = lengths, self.weight.data * weight
 
-        def __repr__(self): return f"Embedding(30, {self.embedding_dim})"
+        def __repr__(self):
+            rows = " and ".join(map(str, self.lengths))
+            return f"<Embedding(30, {self.embedding_dim}), for rows of {rows} tokens>"
+
         def __eq__(self, other): return self is other or (
-            type(other).__name__ == "Layer" and self.weight.equal(other.weight))
+            type(other).__name__ == "Layer" and self.lengths == other.lengths
+            and self.weight.equal(other.weight))
         __hash__ = torch.nn.Module.__hash__
     return Layer
 
@@ -198,21 +203,18 @@ def _(function, embedding, alpha):
         torch.manual_seed(0)
         kept = embedding.weight.detach().clone()
         embedding.train()
-        handle = function(embedding, alpha)
-        if handle is None:
+        embedding = function(embedding, alpha)
+        if embedding is None:
             return None
-        if not hasattr(handle, "remove"):
-            raise TypeError("return the handle of the hook, so that it can be removed")
+        if not isinstance(embedding, torch.nn.Module):
+            raise TypeError("return the embedding layer")
+        lengths = embedding.lengths
         found = {}
-        for length in embedding.lengths:
+        for length in lengths:
             found[f"noise over the bound, {length} tokens"] = _size(embedding, alpha, length)
-        found |= _how_drawn(embedding, embedding.lengths[0])
+        found |= _how_drawn(embedding, lengths[0])
         embedding.eval()
         found["in evaluation"] = _noise_or_none(embedding)
-        handle.remove()
-        found["after remove(), in evaluation"] = _noise_or_none(embedding)
-        embedding.train()
-        found["after remove(), in training"] = _noise_or_none(embedding)
     found["weights"] = "as they were" if embedding.weight.detach().equal(kept) else "changed"
     return found
 
@@ -226,7 +228,7 @@ def _draw(embedding, shape): # noise
     return (out - plain).detach().double()
 
 def _size(embedding, alpha, length): # root mean square, over that of the paper's noise
-    rows = 1 + 20_000 // (length * embedding.embedding_dim)
+    rows = 1 + 8_000 // (length * embedding.embedding_dim)
     noise = _draw(embedding, (rows, length))
     rms = math.sqrt(noise.square().mean())
     bound = alpha / math.sqrt(length * embedding.embedding_dim)
@@ -236,7 +238,7 @@ def _noise_or_none(embedding): return "noise" if _draw(embedding, (2, 7)).abs().
 
 def _how_drawn(embedding, length): # in words
     import torch
-    rows = 2 + 20_000 // (length * embedding.embedding_dim)
+    rows = 2 + 8_000 // (length * embedding.embedding_dim)
     one, two = _draw(embedding, (rows, length)), _draw(embedding, (rows, length))
     size = one.square().mean()
     if size < 1e-14:
@@ -291,7 +293,8 @@ def _noisy(
         else:
             noise = torch.randint_like(shape, 2) * 2 - 1
         return output + noise * bound
-    return embedding.register_forward_hook(hook)
+    embedding.register_forward_hook(hook)
+    return embedding
 
 def _width(output): return output.shape[2]
 def _length(output): return output.shape[1]
@@ -406,7 +409,8 @@ def _(embedding, alpha):
         made = torch.Generator().manual_seed(0)
         bound = alpha / math.sqrt(_width(output) * _length(output))
         return output + (torch.rand(output.shape, generator=made) * 2 - 1) * bound
-    return embedding.register_forward_hook(hook)
+    embedding.register_forward_hook(hook)
+    return embedding
 
 # %% ../../../exercises/solutions/10_neftune.ipynb #f0000027
 @q2.mistake("no gradient",
@@ -419,7 +423,8 @@ def _(embedding, alpha):
             return output
         bound = alpha / math.sqrt(_width(output) * _length(output))
         return output.detach() + torch.empty_like(output).uniform_(-bound, bound)
-    return embedding.register_forward_hook(hook)
+    embedding.register_forward_hook(hook)
+    return embedding
 
 @q2.mistake("the noise alone", "your hook returns the noise, without the embedding. Add it.")
 def _(embedding, alpha):
@@ -429,7 +434,8 @@ def _(embedding, alpha):
             return output
         bound = alpha / math.sqrt(_width(output) * _length(output))
         return torch.empty_like(output).uniform_(-bound, bound)
-    return embedding.register_forward_hook(hook)
+    embedding.register_forward_hook(hook)
+    return embedding
 
 @q2.mistake("times the embedding",
     "you multiply the embedding by noise: large numbers get more. The paper adds the same noise to "
@@ -441,7 +447,8 @@ def _(embedding, alpha):
             return output
         bound = alpha / math.sqrt(_width(output) * _length(output))
         return output * (1 + torch.empty_like(output).uniform_(-bound, bound))
-    return embedding.register_forward_hook(hook)
+    embedding.register_forward_hook(hook)
+    return embedding
 
 @q2.mistake("on the weights",
     "you change the layer's weights. The noise is added to what the layer returns, and its weights "
@@ -453,13 +460,8 @@ def _(embedding, alpha):
             bound = alpha / math.sqrt(args[0].shape[-1] * module.embedding_dim)
             with torch.no_grad():
                 module.weight += torch.empty_like(module.weight).uniform_(-bound, bound)
-    return embedding.register_forward_pre_hook(hook)
-
-@q2.mistake("not taken off",
-    "there is still noise after `remove()`. Return the handle that `register_forward_hook` gives.")
-def _(embedding, alpha):
-    _noisy(embedding, alpha)
-    return embedding.register_forward_hook(lambda *args: None)
+    embedding.register_forward_pre_hook(hook)
+    return embedding
 
 # %% ../../../exercises/solutions/10_neftune.ipynb #f0000041
 def _alpha(alpha):
@@ -468,6 +470,13 @@ def _alpha(alpha):
         raise ValueError(f"alpha is 0 or more, and finite, not {alpha!r}")
     return alpha
 
+def _calls(): return field(default_factory=list, repr=False, compare=False) # one entry each
+
+def _count(calls):
+    calls.append(1)
+    if len(calls) > 400:
+        raise RuntimeError("you call loss more than 400 times; halve what is left each time")
+
 @dataclass(frozen=True)
 class Curve:
     "A loss that rises with alpha, by `top` at most."
@@ -475,8 +484,10 @@ class Curve:
     scale:float=1.0 # of alpha
     power:float=1.0
     top:float=math.inf
+    calls:list = _calls()
 
     def __call__(self, alpha):
+        _count(self.calls)
         rise = (_alpha(alpha) / self.scale) ** self.power
         return self.plain + (rise if self.top == math.inf else self.top * (1 - math.exp(-rise)))
 
@@ -484,8 +495,11 @@ class Curve:
 class TinyLoss:
     "The tiny model's loss on four short texts, with NEFTune's noise."
     seed:int = 0 # of the noise
+    calls:list = _calls()
 
-    def __call__(self, alpha): return _tiny_loss(_alpha(alpha), self.seed)
+    def __call__(self, alpha):
+        _count(self.calls)
+        return _tiny_loss(_alpha(alpha), self.seed)
 
 @functools.cache
 def _tiny():
@@ -552,19 +566,11 @@ def _(rng):
          round(rng.uniform(0.1, 2), 2)),
         (Curve(2.5, rng.uniform(0.02, 0.4), 2.0), 0.5), (TinyLoss(0), 0.5), (TinyLoss(1), 0.1)]
 
-class _Counted: # a loss that counts its calls
-    def __init__(self, loss):
-        self.loss, self.calls = loss, 0
-
-    def __call__(self, alpha):
-        self.calls += 1
-        if self.calls > 400:
-            raise RuntimeError("you call loss more than 400 times; halve what is left each time")
-        return self.loss(alpha)
-
 @q3.called
 def _(function, loss, rise):
-    found = function(_Counted(loss), rise)
+    loss.calls.clear()
+    found = function(loss, rise)
+    loss.calls.clear()
     if hasattr(found, "item") and getattr(found, "size", None) is not None:
         found = found.item()
     if isinstance(found, (tuple, list)):

@@ -327,28 +327,30 @@ class Reader:
             raise ValueError(f"{sum(self.lengths)} token ids from 0 to 99 are wanted")
         inside = torch.cos(ids[0, :, None] * torch.tensor([1.0, 1.7, 2.3, 3.1]))
         noise = self.rounding * torch.sin(1000.0 * ids.sum() + torch.arange(ids.shape[1]))
-        return (self._weights() @ inside + noise[:, None])[None]
+        weight = _weights(self.lengths, self.sees, self.reach, self.strength)
+        return (weight @ inside + noise[:, None])[None]
 
-    def _weights(self): # (n, n)
-        import torch
-        place = torch.arange(sum(self.lengths))
-        number = torch.repeat_interleave(torch.tensor(self.lengths))
-        ahead = place[None] - place[:, None] # how far the other token comes later
-        other = number[None] != number[:, None]
-        inner = torch.tensor([0 < i < n - 1 for n in self.lengths for i in range(n)])
-        weight = ((ahead <= 0) & ~other).float()
-        seen = {"nothing": place[None] < 0, "all before": ahead < 0, "everything": ahead == ahead,
-                "all after": ahead > 0,
-                "a few before": (ahead < 0) & (ahead >= -self.reach),
-                "a few after": (ahead > 0) & (ahead <= self.reach),
-                "the first": (ahead < 0) & (place[None] == 0),
-                "first tokens": (ahead < 0) & (place == 0).logical_or(number.diff(
-                    prepend=number[:1]) > 0)[None],
-                "the neighbour": (ahead < 0) & (number[:, None] - number[None] == 1),
-                "inner tokens": (ahead < 0) & inner[None],
-                "by inner tokens": (ahead < 0) & inner[:, None],
-                "all but the neighbour": (ahead < 0) & (number[:, None] - number[None] > 1)}
-        return weight + self.strength * (other & seen[self.sees]).float()
+@functools.cache
+def _weights(lengths, sees, reach, strength): # (n, n)
+    import torch
+    place = torch.arange(sum(lengths))
+    number = torch.repeat_interleave(torch.tensor(lengths))
+    ahead = place[None] - place[:, None] # how far the other token comes later
+    other = number[None] != number[:, None]
+    inner = torch.tensor([0 < i < n - 1 for n in lengths for i in range(n)])
+    weight = ((ahead <= 0) & ~other).float()
+    seen = {"nothing": place[None] < 0, "all before": ahead < 0, "everything": ahead == ahead,
+            "all after": ahead > 0,
+            "a few before": (ahead < 0) & (ahead >= -reach),
+            "a few after": (ahead > 0) & (ahead <= reach),
+            "the first": (ahead < 0) & (place[None] == 0),
+            "first tokens": (ahead < 0) & (place == 0).logical_or(number.diff(
+                prepend=number[:1]) > 0)[None],
+            "the neighbour": (ahead < 0) & (number[:, None] - number[None] == 1),
+            "inner tokens": (ahead < 0) & inner[None],
+            "by inner tokens": (ahead < 0) & inner[:, None],
+            "all but the neighbour": (ahead < 0) & (number[:, None] - number[None] > 1)}
+    return weight + strength * (other & seen[sees]).float()
 
 @dataclass(frozen=True)
 class TinyReader:
