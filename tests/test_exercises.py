@@ -171,6 +171,8 @@ KEYS = {
     "memory": "rows_that_fit first_too_large chunked_loss repair settings sixteen_of_24",
     "lora": "trainable directions as_one prepare best_rate learned_nothing",
     "quantization": "smaller apart compensate merged keep worse_after_merge",
+    "packing": "lengths rows_a_step readers repair longest faster_and_worse",
+    "neftune": "alpha repair alpha_at six_points",
 }
 
 
