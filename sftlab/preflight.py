@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from .audit.isolation import check_isolation
+from .audit.isolation import ISOLATE, check_isolation
 from .audit.labels import LABEL_FAULTS, label_auditor
 from .audit.templates import TEMPLATE_FAULTS, check_template
 from .errors import MaskError, MemoryEstimateError, TrainingError
@@ -165,8 +165,6 @@ def _labels(run):
                            f"{report.learns or 'answers are not known'}", tuple(found))
 
 # %% ../nbs/reference/preflight.ipynb #pf10
-_ISOLATE = "position_ids that begin at 0 with each document, no attention_mask, use_cache=False"
-
 def _isolation(run):
     rows = next((rows for rows in run.first if len(documents(rows[0])) > 1), run.first[0])[:2]
     several = sum(len(documents(row)) for row in rows)
@@ -179,7 +177,7 @@ def _isolation(run):
     tried, found = len(report.losses), []
     if report.leaks:
         found.append(Problem(f"{len(report.leaks)} of {tried} documents see their neighbours",
-                             _ISOLATE, stops=True))
+                             ISOLATE, stops=True))
     if report.changed:
         found.append(Problem(f"{len(report.changed)} of {tried} documents have another loss than "
                              "alone", "see the mask, and positions that must begin at 0"))
