@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SftlabError', 'DataError', 'TemplateError', 'MaskError', 'TrainingError', 'MemoryEstimateError', 'LoRAError',
-           'QuantizationError', 'ModelError', 'FinetuneError', 'OutputError']
+           'QuantizationError', 'ModelError', 'FinetuneError', 'ServingError', 'OutputError']
 
 # %% ../nbs/reference/errors.ipynb #017e3dea
 class SftlabError(Exception):
@@ -37,6 +37,9 @@ class ModelError(SftlabError, RuntimeError):
 
 class FinetuneError(SftlabError, RuntimeError):
     "A run of `sftlab train` that cannot be done or did not work out."
+
+class ServingError(SftlabError, RuntimeError):
+    "A server that cannot be started or asked, or that does not answer as it should."
 
 class OutputError(SftlabError, RuntimeError):
     "A file or folder that cannot be written, or that is there already and stays as it is."
