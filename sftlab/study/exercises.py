@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['RTOL', 'ATOL', 'difference', 'in_form', 'TimeUp', 'AsksForInput', 'Outcome', 'call', 'outcomes', 'Verdict', 'shown',
-           'Trial', 'judge', 'effort', 'NotYet', 'Task', 'Question', 'without_marks', 'OpenQuestion', 'cheats', 'kills',
-           'survivors']
+           'Trial', 'judge', 'effort', 'NotYet', 'Task', 'some_of', 'Question', 'without_marks', 'OpenQuestion',
+           'cheats', 'kills', 'survivors']
 
 # %% ../../nbs/reference/study/exercises.ipynb #21904d18
 import ast
 import builtins
 import copy
 import ctypes
+import functools
 import inspect
 import io
 import math
@@ -26,6 +27,7 @@ import threading
 import traceback
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from itertools import combinations
 
 from .progress import record
 
@@ -467,6 +469,13 @@ class Task:
         print(f"Hint {self.hinted} of {len(self.hints)}: {self.hints[self.hinted - 1]}")
 
 # %% ../../nbs/reference/study/exercises.ipynb #40bcd9c8
+def some_of(
+    names, # of faults
+) -> list: # of tuples of names
+    "Every choice of faults: each alone, then two at a time, and so on to all."
+    names = list(names)
+    return [some for n in range(1, len(names) + 1) for some in combinations(names, n)]
+
 class Question(Task):
     "A task for a function, and a check that knows the usual mistakes."
     def __init__(self, key, title, solve, example, stars=1, minutes=10, hints=(), seconds=5):
@@ -504,6 +513,15 @@ class Question(Task):
         "Decorator: enter a function that makes the mistake `name`, and what a learner is told."
         def enter(function): self.mistakes[name] = (function, says)
         return enter
+
+    def faults(self,
+        says:dict, # name of a fault of what is to be repaired -> what a learner is told
+        function, # as an answer; its `faults` are the names of those that are left in
+    ):
+        "Enter a mistake for each choice of faults that somebody may leave in."
+        for some in some_of(says):
+            told = " And: ".join(says[name] for name in some)
+            self.mistake(", ".join(some), told)(functools.partial(function, faults=some))
 
     def check(self, answer=None):
         "Try an answer: a line where it is right or not begun; a `NotYet` that says what is wrong."
