@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/reference/confinement.ipynb #87aec36a
+# %% ../nbs/reference/confinement.ipynb #6b726b92
 import builtins
 import ctypes
 import errno
@@ -13,12 +13,10 @@ import io
 import json
 import os
 import pickle
-import platform
 import resource
 import signal
 import struct
 import sys
-import sysconfig
 import types
 
 # %% ../nbs/reference/confinement.ipynb #b3e41062
@@ -100,7 +98,7 @@ def _become(uid, folder):
         return
     _drop_capabilities(1 << READ_SEARCH if os.geteuid() == uid and not _readable(folder) else 0)
 
-# %% ../nbs/reference/confinement.ipynb #78b11d64
+# %% ../nbs/reference/confinement.ipynb #fa4305bb
 READ, WRITE = 0b1100, 0b1_0001_1011_0010 # files and folders; make, write, remove and link by name
 TRUNCATE = 1 << 14
 FILE_BITS = 0b110 | TRUNCATE
@@ -111,9 +109,9 @@ def _landlock_version():
 
 def _library_places():
     "Where Python and the system keep the library: all that may be read."
-    places = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
-    places += [os.path.join(sys.base_prefix, "lib"), "/lib", "/lib64", "/usr/lib", "/usr/lib64"]
-    return places + ["/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache"]
+    places = [os.path.dirname(os.__file__), os.path.join(sys.base_prefix, "lib"), "/usr/local/lib"]
+    places += ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]
+    return places + ["/etc/ld.so.cache"]
 
 def _allow(ruleset, path, rights):
     try:
@@ -148,7 +146,7 @@ def _landlock(folder=None):
     _checked(_libc().syscall(446, ruleset, 0), "Landlock")
     os.close(ruleset)
 
-# %% ../nbs/reference/confinement.ipynb #bf50ab36
+# %% ../nbs/reference/confinement.ipynb #8fae1cef
 MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 REFUSED = dict( # numbers on x86-64 and on 64-bit ARM; None: there is no such call
     socket=(41, 198), connect=(42, 203), bind=(49, 200), ptrace=(101, 117),
@@ -183,12 +181,12 @@ def _filter(machine, refused):
 
 def _seccomp(signals):
     "Refuse the network, other programs and the like; `signals`: also all signals."
-    code = _filter(platform.machine(), REFUSED | (SIGNALS if signals else {}))
+    code = _filter(os.uname().machine, REFUSED | (SIGNALS if signals else {}))
     buffer = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))
     _prctl(SET_SECCOMP, 2, ctypes.c_char_p(program))
 
-# %% ../nbs/reference/confinement.ipynb #627961a6
+# %% ../nbs/reference/confinement.ipynb #5c6092f1
 def _limit(what, value):
     hard = resource.getrlimit(what)[1]
     if hard != resource.RLIM_INFINITY:
@@ -225,7 +223,7 @@ def cage(job, own_processes):
             _landlock(folder)
         else:
             missing.append("files outside")
-        if platform.machine() in MACHINES:
+        if os.uname().machine in MACHINES:
             _seccomp(signals=not own_processes)
         else:
             missing += ["system calls"] if own_processes else ["system calls", "network"]
@@ -543,7 +541,7 @@ def judge(job, secret, channel, pid):
         return _of_gone(gone, pid)
     return outcome_of_end(os.waitpid(pid, 0)[1]) or ("passed", "")
 
-# %% ../nbs/reference/confinement.ipynb #07909ff2
+# %% ../nbs/reference/confinement.ipynb #31d25986
 def _read_part():
     "One part of the job from standard input, and not a byte more."
     def read(size):
@@ -622,8 +620,4 @@ def main():
         while True:
             os.waitpid(-1, 0)
     except ChildProcessError:
-        pass
-
-# %% ../nbs/reference/confinement.ipynb #a1e0e0e7
-if __name__ == "__main__" and sys.flags.isolated and len(sys.argv) == 2:
-    main()
+        os._exit(0)

@@ -57,7 +57,7 @@ def _line(text, limit=300):
     text = harmless(" ".join(str(text).split()))
     return text if len(text) <= limit else text[:limit] + " …"
 
-# %% ../nbs/reference/execution.ipynb #ca5a6f38
+# %% ../nbs/reference/execution.ipynb #d32f9591
 _numbers = count()
 _START_SECONDS = 60 # to start on a busy machine, before the program's own time begins
 
@@ -66,17 +66,19 @@ _SEATBELT = """(version 1)(allow default)(deny network*)(deny signal (target oth
 (deny file-read-data (subpath "/Users") (subpath "/private/tmp") (subpath "/Volumes"))
 (allow file-read-data (subpath "{folder}") (subpath "{python}") (subpath "{package}"))"""
 
-def _program_path():
+_BEGIN = ("import sys; sys.path.append(sys.argv[2]); import confinement; sys.path.pop(); "
+          "confinement.main()")
+
+def _package():
     import sftlab
-    return Path(sftlab.__file__).with_name("confinement.py")
+    return Path(sftlab.__file__).parent
 
 def _seatbelt(folder):
     "macOS: the command that puts a profile on what it starts; empty where there is none."
     command = "/usr/bin/sandbox-exec"
     if sys.platform != "darwin" or not os.path.exists(command):
         return []
-    package = _program_path().parent
-    profile = _SEATBELT.format(folder=folder, python=sys.base_prefix, package=package)
+    profile = _SEATBELT.format(folder=folder, python=sys.base_prefix, package=_package())
     command = [command, "-p", profile]
     tried = subprocess.run([*command, os.path.realpath(sys.executable), "-I", "-S", "-c", "pass"],
                            capture_output=True)
@@ -96,8 +98,8 @@ def _start(job, secret, folder):
     output, output_end = os.pipe()
     report, report_end = os.pipe()
     seatbelt = _seatbelt(folder)
-    python = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-X", "utf8"]
-    command = [*seatbelt, *python, str(_program_path()), str(report_end)]
+    python = [os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", "-c", _BEGIN]
+    command = [*seatbelt, *python, str(report_end), str(_package())]
     with _job_file({**job, "seatbelt": bool(seatbelt)}, secret) as file:
         try:
             process = subprocess.Popen(
@@ -136,9 +138,13 @@ def _disk(folder):
             total += 4096 + info.st_blocks * 512
     return total
 
-def _end(process):
+def _end(process, judged):
     "End the warden and all that it has begun."
     import psutil
+    try:
+        return process.wait(0.1 if judged else 0)
+    except subprocess.TimeoutExpired:
+        pass
     for _ in range(200):
         for child in _children(process):
             try:
@@ -162,14 +168,14 @@ def _remove(folder):
                 os.chmod(path, 0o700)
     shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/reference/execution.ipynb #c292bb45
+# %% ../nbs/reference/execution.ipynb #fb824599
 class _Watch:
     "One run, watched from outside."
     def __init__(self, job, process, output, report):
         self.job, self.process = job, process
         self.output, self.report = bytearray(), bytearray()
         self.pipes = {output: self.output, report: self.report}
-        self.begin, self.started = time.monotonic(), False
+        self.begin, self.started, self.judged = time.monotonic(), False, False
 
     def run(self):
         "Read both pipes until the verdict, or until a limit is passed: (outcome, reason) or None."
@@ -182,6 +188,7 @@ class _Watch:
                     if not self.read(key.fd):
                         selector.unregister(key.fd)
                         if self.pipes[key.fd] is self.report:
+                            self.judged = True
                             return None
                 if time.monotonic() - checked > 0.1:
                     checked = time.monotonic()
@@ -221,7 +228,7 @@ class _Watch:
             return ("failed", "a verdict without the token"), missing
         return (outcome, reason), missing
 
-# %% ../nbs/reference/execution.ipynb #8cd25a23
+# %% ../nbs/reference/execution.ipynb #5fb6c0d6
 def _check_limits(source, stdin, seconds, memory_mb):
     for name, text in (("source", source), ("stdin", stdin)):
         if not isinstance(text, str):
@@ -254,7 +261,7 @@ def _execute(source, stdin, seconds, memory_mb, test, entry_point):
             found = watch.run()
             seconds = time.monotonic() - watch.begin
         finally:
-            _end(process)
+            _end(process, watch.judged)
         verdict, missing = watch.verdict(token)
         outcome, reason = found or verdict
         output = watch.output[:job["output_kb"] * 1024].decode("utf-8", "backslashreplace")
