@@ -21,7 +21,7 @@ class BuildPackageAndCourse(build_py):
         if self.editable_mode:  # an editable install finds them in the repository
             return
         for name in ("nbs", "exercises"):
-            leave_out = shutil.ignore_patterns(".*", "_*", "solutions")  # as `sftlab lab` does
+            leave_out = shutil.ignore_patterns(".*", "_*", "solutions", "live")  # as `sftlab lab`
             to = Path(self.build_lib, "sftlab/course", name)
             shutil.copytree(here / name, to, ignore=leave_out)
 

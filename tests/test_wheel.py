@@ -32,7 +32,7 @@ LEFT_BY_EDITORS = [
     "exercises/.ipynb_checkpoints/q-checkpoint.ipynb"]
 KINDS = {".py", ".ipynb", ".md", ".png", ".svg", ".json", ".yml", ".txt", ".jinja",
          ".safetensors"}  # nothing that could be a pickle
-NOT_WANTED = r"(^|/)\.|solutions|__pycache__|-checkpoint\."
+NOT_WANTED = r"(^|/)\.|solutions|__pycache__|-checkpoint\.|nbs/live/"
 
 
 def call(*words, **kwargs):
@@ -111,7 +111,7 @@ def originals(checkout):
     wanted = {name: checkout / name for name in tracked if name.startswith("sftlab/")}
     for name in tracked:
         if name.startswith(("nbs/", "exercises/")) and "solutions" not in name:
-            if not re.search(r"/_", name):
+            if not re.search(r"/_|^nbs/live/", name):
                 wanted[f"sftlab/course/{name}"] = checkout / name
     return wanted
 

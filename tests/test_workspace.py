@@ -19,7 +19,7 @@ EXERCISE = "exercises/q.ipynb"
 NEW_LESSON, NEW_PICTURE = "01_base_vs_instruct.new.ipynb", "images/a.new.svg"
 COURSE = {LESSON, PICTURE, PAGE, EXERCISE}
 NOT_FOR_LEARNERS = ("exercises/solutions/q.ipynb", "nbs/.ipynb_checkpoints/01-checkpoint.ipynb",
-                    "nbs/_quarto.yml", "sftlab/__init__.py")
+                    "nbs/_quarto.yml", "nbs/live/index.html", "sftlab/__init__.py")
 
 
 @pytest.fixture
@@ -366,6 +366,7 @@ def test_a_learner_gets_every_lesson_and_exercise_and_no_solution():
                   and "solutions" not in p.parts}
         assert len(wanted) > 5 and wanted <= names
     assert not [name for name in names if "solutions" in name or "/." in name]
+    assert (root / "nbs/live").is_dir() and not [n for n in names if n.startswith("live/")]
 
 
 @pytest.mark.slow

@@ -16,9 +16,10 @@ from ..files.atomic import atomic_file
 
 # %% ../../nbs/reference/study/workspace.ipynb #19e66e94
 FIRST = "01_base_vs_instruct.ipynb" # the lesson that opens first
+_NOT_GIVEN = ("solutions", "live") # folders that are not for learners
 
 def _is_given(parts:tuple) -> bool: # whether a learner gets the file of that path
-    return not any(part.startswith((".", "_")) or part == "solutions" for part in parts)
+    return not any(part.startswith((".", "_")) or part in _NOT_GIVEN for part in parts)
 
 def course_files() -> dict: # path inside the copy, with slashes -> path of the original
     "The files of the course; an `SftlabError` where they are missing."
