@@ -43,7 +43,7 @@ def _unshare(*names):
     flags = sum(NEW_NAMESPACES[name] for name in names)
     _checked(_libc().unshare(flags), f"unshare {names}")
 
-# %% ../nbs/reference/confinement.ipynb #eae6008a
+# %% ../nbs/reference/confinement.ipynb #8f83ec56
 def _write(path, text):
     with open(path, "w") as file:
         file.write(text)
@@ -63,14 +63,21 @@ def _namespaces():
         return False
     return True
 
+def _private_mounts():
+    "Mounts that others do not see; whether that was allowed."
+    return _libc().mount(b"none", b"/", None, 0x44000, None) == 0
+
+def _read_only_mounts():
+    "Nothing that is mounted can be written; whether the kernel has a call for that."
+    here, recursive, read_only = -100, 0x8000, struct.pack("=4Q", 1, 0, 0, 0)
+    size = ctypes.c_size_t(len(read_only))
+    return _libc().syscall(442, here, b"/", recursive, read_only, size) == 0
+
 def _small_disk(folder, mb, uid):
     "Put a small file system in memory on the folder; whether that was allowed."
-    private, plain = 0x44000, 0xE # recursive and private; no set-uid, no devices, no programs
+    plain = 0xE # no set-uid, no devices, no programs
     options = f"size={mb}m,nr_inodes=2000,mode=700,uid={uid}".encode()
-    libc = _libc()
-    if libc.mount(b"none", b"/", None, private, None) < 0:
-        return False
-    return libc.mount(b"tmpfs", folder.encode(), b"tmpfs", plain, options) == 0
+    return _libc().mount(b"tmpfs", folder.encode(), b"tmpfs", plain, options) == 0
 
 def _drop_capabilities(keep=0):
     "Give up all capabilities but those of the bit mask `keep`."
@@ -87,16 +94,22 @@ def _readable(folder):
     return True
 
 def _become(uid, folder):
-    "Be another user. Where this one cannot reach Python's files: keep the right to read, no more."
-    if os.geteuid() == 0:
+    "Be another user, without capabilities; whether root was allowed to. Others stay who they are."
+    was_root = os.geteuid() == 0
+    if was_root:
+        os.chown(folder, uid, uid)
         if LINUX:
             _prctl(KEEP_CAPS, 1)
-        os.setgroups([])
-        os.setresgid(uid, uid, uid) if LINUX else os.setregid(uid, uid)
-        os.setresuid(uid, uid, uid) if LINUX else os.setreuid(uid, uid)
-    if not LINUX:
-        return
-    _drop_capabilities(1 << READ_SEARCH if os.geteuid() == uid and not _readable(folder) else 0)
+        try:
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+        except OSError: # a container that has only one user
+            os.chown(folder, 0, 0)
+    if LINUX: # Python's files may be where only root gets: keep the right to read, if no more
+        keep = was_root and _landlock_version() and not _readable(folder)
+        _drop_capabilities(1 << READ_SEARCH if keep else 0)
+    return not was_root or os.geteuid() != 0
 
 # %% ../nbs/reference/confinement.ipynb #fa4305bb
 READ, WRITE = 0b1100, 0b1_0001_1011_0010 # files and folders; make, write, remove and link by name
@@ -186,7 +199,7 @@ def _seccomp(signals):
     program = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))
     _prctl(SET_SECCOMP, 2, ctypes.c_char_p(program))
 
-# %% ../nbs/reference/confinement.ipynb #5c6092f1
+# %% ../nbs/reference/confinement.ipynb #368439f3
 def _limit(what, value):
     hard = resource.getrlimit(what)[1]
     if hard != resource.RLIM_INFINITY:
@@ -202,35 +215,50 @@ def _limits(job):
     if LINUX:
         _limit(resource.RLIMIT_AS, job["memory_mb"] * 2**20)
 
+def _own_disk(job, own_mounts):
+    "Mounts: (whether the folder is a small disk, whether all else is read-only)."
+    if not own_mounts or not _private_mounts():
+        return False, False
+    read_only = not _landlock_version() and _read_only_mounts()
+    return _small_disk(job["folder"], job["disk_mb"], job["uid"]), read_only
+
+def _forbid(own_processes):
+    "Landlock and seccomp; return what is missing."
+    missing = []
+    if _landlock_version():
+        _landlock(os.getcwd())
+    else:
+        missing.append("files outside")
+    if os.uname().machine in MACHINES:
+        _seccomp(signals=not own_processes)
+    else:
+        missing += ["system calls"] if own_processes else ["system calls", "network", "signals"]
+    return missing
+
 def cage(job, own_processes):
     "Shut this process in; return what could not be enforced, as names."
     missing = [] if own_processes else ["own process space"]
-    folder, uid = job["folder"], job["uid"]
-    if not (own_processes and _small_disk(folder, job["disk_mb"], uid)):
+    was_root = os.geteuid() == 0
+    small, read_only = _own_disk(job, own_processes)
+    if not small:
         missing.append("small disk")
-    os.chdir(folder)
+    os.chdir(job["folder"])
     _limits(job)
-    try:
-        _become(uid, folder)
-    except OSError:
+    job["another_user"] = _become(job["uid"], job["folder"]) and was_root
+    if was_root and not job["another_user"]:
         missing.append("another user")
-        job["another_user"] = False
     if LINUX:
         _prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
         _prctl(SET_DUMPABLE, 0)
         _prctl(NO_NEW_PRIVS, 1)
-        if _landlock_version():
-            _landlock(folder)
-        else:
-            missing.append("files outside")
-        if os.uname().machine in MACHINES:
-            _seccomp(signals=not own_processes)
-        else:
-            missing += ["system calls"] if own_processes else ["system calls", "network"]
+        missing += _forbid(own_processes)
     elif not job["seatbelt"]:
         missing += ["files outside", "network", "signals"]
-    if "files outside" in missing and not _readable(folder):
-        raise OSError("an unprivileged user cannot read Python's own files")
+    if "files outside" in missing and not (read_only or job["another_user"]):
+        raise OSError("nothing keeps a program from your files: it has neither Landlock nor "
+                      "namespaces; use a container")
+    if not _readable(job["folder"]):
+        raise OSError("Python's own files can be read by root alone: use a Python outside /root")
     return missing
 
 # %% ../nbs/reference/confinement.ipynb #a642f101
@@ -344,7 +372,7 @@ def outcome_of_end(status):
         return "crashed", f"the interpreter died of {name}"
     return "killed itself", f"the process died of {name}"
 
-# %% ../nbs/reference/confinement.ipynb #79275106
+# %% ../nbs/reference/confinement.ipynb #01c96e80
 def _names(module):
     "The names that a program leaves, for tests that use them: functions, modules, plain values."
     names = {}
@@ -404,7 +432,11 @@ def _quietly_flush():
 
 def suspect(job, channel):
     "Run the program, and answer the tests' calls if there are tests."
+    first = os.getpid()
     module, end = _load(job["source"])
+    if os.getpid() != first: # a process that the program began: only the first one speaks
+        _quietly_flush()
+        os._exit(0)
     tested = end[0] == "ended" and job["tested"]
     channel.send(("ended", _names(module)) if tested else end)
     if tested:
@@ -413,7 +445,7 @@ def suspect(job, channel):
     if tested:
         os._exit(0)
 
-# %% ../nbs/reference/confinement.ipynb #6d5bc204
+# %% ../nbs/reference/confinement.ipynb #d43d8010
 class Program:
     "The judge's side of a program: its functions, to be called."
     def __init__(self, channel):
@@ -487,11 +519,11 @@ def _module(name):
         raise Gone(f"names a module {name[:40]!r}")
     return __import__(name, fromlist=["*"])
 
-def _namespace(program, names):
-    "What the tests find defined."
+def _namespace(program, names, test):
+    "What the tests find defined: the names of the program that they mention."
     space = {"__name__": "test"}
     for name, (kind, value) in names.items():
-        if name in ("check", "__builtins__") or hasattr(builtins, name):
+        if name not in test or name == "check" or hasattr(builtins, name):
             continue
         if kind == "function":
             space[name] = program.function(name)
@@ -501,11 +533,11 @@ def _namespace(program, names):
 
 def _examine(program, names, test, entry_point):
     "Run the tests to their end: returns only then."
-    space = _namespace(program, names)
+    space = _namespace(program, names, f"{test} {entry_point}")
     exec(compile(test, "test", "exec", dont_inherit=True), space)
     if entry_point:
-        if entry_point not in names:
-            raise NameError(f"the program defines no {entry_point!r}")
+        if names.get(entry_point, ("",))[0] != "function":
+            raise NameError(f"the program defines no function {entry_point!r}")
         space["check"](space[entry_point])
     if program.fault:
         raise program.fault
@@ -541,7 +573,7 @@ def judge(job, secret, channel, pid):
         return _of_gone(gone, pid)
     return outcome_of_end(os.waitpid(pid, 0)[1]) or ("passed", "")
 
-# %% ../nbs/reference/confinement.ipynb #31d25986
+# %% ../nbs/reference/confinement.ipynb #01ab280b
 def _read_part():
     "One part of the job from standard input, and not a byte more."
     def read(size):
@@ -575,6 +607,7 @@ def _start_suspect(job, own_processes):
         for fd in (to_judge[1], to_suspect[0], given):
             os.close(fd)
         return pid, Channel(to_judge[0], to_suspect[1])
+    os.setsid() # a signal to its whole group reaches nobody else
     os.dup2(given, 0)
     ends = os.dup2(to_suspect[0], 60), os.dup2(to_judge[1], 61)
     os.closerange(3, 60)
@@ -610,6 +643,7 @@ def main():
         own_processes = _namespaces()
     pid = os.fork()
     if pid == 0:
+        os.setsid()
         try:
             _judge_process(job, report, own_processes)
         except Exception as error:
