@@ -1,0 +1,237 @@
+// The fine-tuning half of the page: settings, loss curve, the four questions, the score.
+import { Chart } from './chart.js'
+import { asText, fromText } from './conversations.js'
+import { $, $$, announce, count, make } from './dom.js'
+
+const RATES = { full: [3e-4, 6e-4, 1.2e-3], lora: [2.5e-3, 5e-3, 1e-2] }
+const TOO_HIGH = 10
+const chosen = name => $(`[name=${name}]:checked`).value
+const ticked = name => $(`[name=${name}]`).checked
+
+// The 95 % Wilson interval of a share, as lesson 01 has it.
+export function interval(successes, n) {
+  const z = 1.96
+  const share = successes / n
+  const middle = share + z * z / (2 * n)
+  const half = z * Math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+  return [middle - half, middle + half].map(end => end / (1 + z * z / n))
+}
+
+export class Tuning {
+  constructor(tell) {
+    this.tell = tell
+    this.chart = new Chart($('#chart'))
+    this.shown = null // which of our conversations the editor shows
+    this.settings = null // of the run that is shown
+    this.showRates()
+    this.wire()
+  }
+
+  wire() {
+    for (const radio of $$('[name=method]')) radio.onchange = () => this.showRates()
+    for (const radio of $$('[name=size]')) radio.onchange = () => this.fillEditor()
+    $('#own').ontoggle = () => this.fillEditor()
+    $('#conversations').oninput = () => this.edited()
+    $('#ours').onclick = () => this.putOursBack()
+    $('#settings').onsubmit = event => {
+      event.preventDefault()
+      this.start()
+    }
+    $('#pause').onclick = () => {
+      this.tell('pause')
+      this.paused()
+    }
+    $('#resume').onclick = () => {
+      this.tell('resume')
+      this.running()
+    }
+  }
+
+  ready(questions, fast) { // the models are there
+    this.questions = questions
+    if (fast) return
+    $('#start').disabled = true
+    this.status('This browser has no WASM SIMD, which the training needs.', true)
+  }
+
+  // --- the conversations
+
+  fillEditor() { // with ours, where it is open and the visitor has not written anything
+    const size = chosen('size')
+    if (!$('#own').open || size === 'own' || this.shown === size) return
+    this.tell('examples', { size })
+  }
+
+  examples({ size, pairs }) {
+    if (chosen('size') !== size) return
+    this.shown = size
+    $('#conversations').value = asText(pairs)
+    $('#own-says').textContent = `${count(pairs.length)} conversations of ours. Change any of them.`
+    $('#ours').hidden = true
+  }
+
+  edited() {
+    const own = $('[name=size][value=own]')
+    if (chosen('size') !== 'own') this.before = chosen('size')
+    own.closest('label').hidden = false
+    own.checked = true
+    this.shown = null
+    $('#ours').hidden = false
+    this.readOwn()
+  }
+
+  readOwn() { // the visitor's pairs; null, and a message, where they cannot be read
+    const says = $('#own-says')
+    try {
+      const pairs = fromText($('#conversations').value)
+      says.textContent = `${count(pairs.length)} conversations of yours. They stay in this page.`
+      says.className = ''
+      return pairs
+    } catch (error) {
+      says.textContent = error.message
+      says.className = 'bad'
+      return null
+    }
+  }
+
+  putOursBack() {
+    $(`[name=size][value="${this.before ?? 300}"]`).checked = true
+    $('[name=size][value=own]').closest('label').hidden = true
+    $('#own-says').className = ''
+    this.fillEditor()
+  }
+
+  // --- a run
+
+  showRates() {
+    const [low, middle, high] = RATES[chosen('method')]
+    const labels = { [low]: `${low}`, [middle]: `${middle}`, [high]: `${high}` }
+    if (chosen('method') === 'full') labels[low] += ' (lesson 01)'
+    $('#rate').replaceChildren(...[low, middle, high].map(rate => (
+      make('option', { value: rate, textContent: labels[rate] }))))
+  }
+
+  start() {
+    const own = chosen('size') === 'own'
+    const pairs = own ? this.readOwn() : null
+    if (own && !pairs) {
+      $('#own').open = true
+      return $('#conversations').focus()
+    }
+    const rate = Number($('#rate').value) * (ticked('high') ? TOO_HIGH : 1)
+    const learn = { prompt: ticked('prompt'), stop: !ticked('unstopped') }
+    this.settings = { pairs, size: chosen('size'), method: chosen('method'), rate, learn, seed: 0 }
+    $('#lab').hidden = false
+    $('#score').hidden = true
+    this.chart.begin(1)
+    $('#asked tbody').replaceChildren()
+    this.status('Getting ready …')
+    this.tell('train', this.settings)
+    this.running()
+  }
+
+  running() {
+    $('#start').textContent = 'Start anew'
+    $('#start').className = ''
+    $('#pause').hidden = false
+    $('#resume').hidden = true
+  }
+
+  paused() {
+    $('#pause').hidden = true
+    $('#resume').hidden = false
+    const { at, steps } = this
+    this.status(`Stopped at step ${at} of ${steps}. Ask it something above, or let it go on.`)
+  }
+
+  over() {
+    $('#pause').hidden = true
+    $('#resume').hidden = true
+  }
+
+  failed(message) {
+    this.over()
+    this.status(message, true)
+  }
+
+  status(text, bad = false) {
+    $('#tune-status').textContent = text
+    $('#tune-status').className = bad ? 'bad' : ''
+    if (bad) announce(text)
+  }
+
+  // --- what the worker says
+
+  hear(message) {
+    this[message.type]?.(message)
+  }
+
+  started({ steps, trained }) {
+    this.at = 0
+    this.steps = steps
+    this.chart.begin(steps)
+    this.status(`${count(trained)} numbers are trained, in ${steps} steps.`)
+    announce(`Fine-tuning has begun: ${steps} steps.`)
+    $('.which').hidden = false
+    $('#answerer').value = 'mine'
+  }
+
+  step({ step, steps, loss, seconds }) {
+    this.at = step
+    this.chart.add(loss)
+    const left = seconds / step * (steps - step)
+    const rest = step < steps ? `, about ${Math.ceil(left)} more` : ''
+    if ($('#resume').hidden) {
+      this.status(`Step ${step} of ${steps} · loss ${loss.toFixed(2)} · ${seconds.toFixed(0)} s${rest}`)
+    }
+    this.seconds = seconds
+  }
+
+  probe({ step, answers }) {
+    $('#at').textContent = step
+    $('#asked tbody').replaceChildren(...answers.map(({ text, stopped }, i) => {
+      const end = stopped ? make('span', { className: 'end', textContent: 'stops' }) : ' …'
+      return make('tr', {}, make('td', { textContent: this.questions.asked[i] }),
+        make('td', {}, make('span', { className: 'said' }, text.replace(/\s+/g, ' '), end)))
+    }))
+    const all = answers.every(answer => answer.stopped)
+    if (all) this.chart.stops ??= step
+    else this.chart.stops = null
+    this.chart.draw()
+  }
+
+  scoring({ done, all }) {
+    this.status(`Trained in ${this.seconds.toFixed(0)} s. Now the test: question ${done} of ${all}`)
+  }
+
+  scored({ rows }) {
+    this.over()
+    const right = rows.filter(row => row.exact).length
+    const stops = rows.filter(row => row.stopped).length
+    const n = rows.length
+    const [low, high] = interval(right, n).map(share => Math.round(100 * share))
+    const { size } = this.settings
+    const lesson = this.questions.measured[size]
+    const bars = [['yours', `${right} of ${n} right`, 100 * right / n, `(${low} to ${high})`]]
+    if (lesson !== undefined) {
+      bars.push(['lesson', `lesson 01, with ${count(Number(size))}`, lesson, ''])
+    }
+    $('#score .bars').replaceChildren(...bars.flatMap(([kind, label, share, more]) => {
+      const fill = make('i')
+      fill.style.width = `${share}%`
+      return [make('span', { textContent: label }), make('span', { className: `bar ${kind}` }, fill),
+        make('span', {}, make('b', { textContent: `${share.toFixed(1)} %` }), ` ${more}`)]
+    }))
+    $('#score-says').textContent = `It stopped by itself ${stops} times of ${n}. In brackets the `
+      + '95 % interval: sixty questions are few.' + (lesson === undefined ? ''
+        : ' Lesson 01 trains all weights at 0.0003: the mean of three runs, 570 questions.')
+    $('#score tbody').replaceChildren(...rows.map(({ question, said, exact, stopped, right: key }) => (
+      make('tr', {}, make('td', { textContent: question }),
+        make('td', { className: exact ? '' : 'no', textContent: (exact ? '✓ ' : '✗ ') + said
+          + (stopped ? '' : ' …') }), make('td', { textContent: key })))))
+    $('#score').hidden = false
+    this.status(`Done: ${this.steps} steps in ${this.seconds.toFixed(0)} s on your machine. `
+      + 'Ask it something above.')
+    announce(`Done. ${right} of ${n} questions are right, it stopped ${stops} times.`)
+  }
+}
