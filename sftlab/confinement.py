@@ -199,7 +199,7 @@ def _seccomp(signals):
     program = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))
     _prctl(SET_SECCOMP, 2, ctypes.c_char_p(program))
 
-# %% ../nbs/reference/confinement.ipynb #368439f3
+# %% ../nbs/reference/confinement.ipynb #d712df05
 def _limit(what, value):
     hard = resource.getrlimit(what)[1]
     if hard != resource.RLIM_INFINITY:
@@ -261,7 +261,7 @@ def cage(job, own_processes):
         raise OSError("Python's own files can be read by root alone: use a Python outside /root")
     return missing
 
-# %% ../nbs/reference/confinement.ipynb #a642f101
+# %% ../nbs/reference/confinement.ipynb #84ab489c
 PLAIN = ("bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "range",
          "set", "slice", "str", "tuple")
 LARGEST = 64 * 2**20 # bytes
@@ -317,7 +317,7 @@ class Channel:
         except Exception as error:
             raise Gone(f"returned what is not plain data: {error}") from None
 
-# %% ../nbs/reference/confinement.ipynb #822b86e1
+# %% ../nbs/reference/confinement.ipynb #9652fbec
 FAILURES = ("failed", "timed out", "out of memory", "too much disk", "too many processes",
             "too many files", "blocked", "crashed", "killed itself", "left early")
 FORBIDDEN = (errno.EPERM, errno.EACCES, errno.EROFS, errno.EXDEV)
@@ -372,7 +372,7 @@ def outcome_of_end(status):
         return "crashed", f"the interpreter died of {name}"
     return "killed itself", f"the process died of {name}"
 
-# %% ../nbs/reference/confinement.ipynb #01c96e80
+# %% ../nbs/reference/confinement.ipynb #2b129ba7
 def _names(module):
     "The names that a program leaves, for tests that use them: functions, modules, plain values."
     names = {}
@@ -445,7 +445,9 @@ def suspect(job, channel):
     if tested:
         os._exit(0)
 
-# %% ../nbs/reference/confinement.ipynb #d43d8010
+# %% ../nbs/reference/confinement.ipynb #d3106f14
+NOT_BY_WORDS = (UnicodeError, ExceptionGroup) # exceptions that take more than a text
+
 class Program:
     "The judge's side of a program: its functions, to be called."
     def __init__(self, channel):
@@ -497,7 +499,7 @@ class Program:
             return self.fault
         found = getattr(builtins, kind, None)
         usable = isinstance(found, type) and issubclass(found, Exception)
-        if not usable or kind.startswith("Stop") or issubclass(found, (UnicodeError, ExceptionGroup)):
+        if not usable or kind.startswith("Stop") or issubclass(found, NOT_BY_WORDS):
             found, words = RuntimeError, f"{kind}: {words}"
         error = found(words)
         self.raised = error, outcome, reason
@@ -573,7 +575,7 @@ def judge(job, secret, channel, pid):
         return _of_gone(gone, pid)
     return outcome_of_end(os.waitpid(pid, 0)[1]) or ("passed", "")
 
-# %% ../nbs/reference/confinement.ipynb #01ab280b
+# %% ../nbs/reference/confinement.ipynb #128cc8ec
 def _read_part():
     "One part of the job from standard input, and not a byte more."
     def read(size):

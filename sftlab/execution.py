@@ -42,14 +42,14 @@ OUTCOMES = ("passed", "failed", "timed out", "out of memory", "too much output",
             "too many processes", "too many files", "blocked", "crashed", "killed itself",
             "left early")
 
-# %% ../nbs/reference/execution.ipynb #af506240
+# %% ../nbs/reference/execution.ipynb #d41984a9
 _UNSAFE = re.compile(r"[^\n\t\x20-\x7e\xa0-\u061b\u061d-\u200a\u2010-\u2027\u202f-\u205f"
                      r"\u206a-\ud7ff\ue000-\ufefe\uff00-\ufff8\ufffc-\U000dffff]")
 
 def harmless(
     text:str, # anything a program printed
-) -> str: # without what a terminal would obey: escapes and marks of direction become `\x1b`, `\u202e`
-    "Make control characters visible."
+) -> str: # without what a terminal would obey: `\x1b` stands where an escape was
+    "Make control characters, and marks that change the direction of text, visible."
     return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 def _line(text, limit=300):
@@ -57,7 +57,7 @@ def _line(text, limit=300):
     text = harmless(" ".join(str(text).split()))
     return text if len(text) <= limit else text[:limit] + " …"
 
-# %% ../nbs/reference/execution.ipynb #c434e5fe
+# %% ../nbs/reference/execution.ipynb #e8a9a2ab
 _numbers = count()
 _START_SECONDS = 60 # to start on a busy machine, before the program's own time begins
 
@@ -99,7 +99,7 @@ def _start(job, secret, folder):
     report, report_end = os.pipe()
     seatbelt = _seatbelt(folder)
     python = [os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", "-c", _BEGIN]
-    command = [*seatbelt, *python, str(report_end), str(_package())]
+    command = [*seatbelt, *python, str(report_end), str(_package()), folder]
     with _job_file({**job, "seatbelt": bool(seatbelt)}, secret) as file:
         try:
             process = subprocess.Popen(
@@ -288,14 +288,14 @@ def _execute(source, stdin, seconds, memory_mb, test, entry_point):
         _remove(folder)
     return Execution(outcome, _line(reason), harmless(output), seconds, missing)
 
-# %% ../nbs/reference/execution.ipynb #c7b32607
+# %% ../nbs/reference/execution.ipynb #58384b7d
 def run_program(
     source:str, # Python; only the standard library is there to import
     stdin:str="", # what it can read
     seconds:float=5, # wall time
     memory_mb:int=512, # of each process, and of all together
 ) -> Execution: # `passed`: it ended by itself, without an exception
-    "Run a program in a process with limits. Raises DataError, and SftlabError where it cannot be run."
+    "Run a program with limits. Raises DataError, and SftlabError where it cannot be run safely."
     return _execute(source, stdin, seconds, memory_mb, None, None)
 
 def check_solution(
@@ -305,7 +305,7 @@ def check_solution(
     seconds:float=5, # wall time
     memory_mb:int=512, # of each process, and of all together
 ) -> Execution: # `passed`: the tests ran to their end, and none failed
-    "Run tests against a program. Raises DataError, and SftlabError where it cannot be run."
+    "Run tests against a program. Raises DataError, and SftlabError where it cannot be run safely."
     if not isinstance(test, str):
         raise DataError(f"test is {type(test).__name__}: it must be a string")
     return _execute(program, "", seconds, memory_mb, test, entry_point)
@@ -315,7 +315,7 @@ def check_many(
     workers:int=2, # how many at the same time
     **limits, # seconds, memory_mb of `check_solution`
 ) -> list[Execution]: # in the order of the items
-    "Check many programs, several at a time. Raises DataError, and SftlabError where it cannot be run."
+    "Check many programs, several at a time. Raises DataError, SftlabError as `check_solution`."
     from tqdm.auto import tqdm
 
     check_count("workers", workers, DataError)
