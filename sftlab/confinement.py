@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/reference/confinement.ipynb #6b726b92
+# %% ../nbs/reference/confinement.ipynb #5768afbc
 import builtins
 import ctypes
 import errno
 import io
-import json
+import marshal
 import os
-import pickle
 import resource
-import signal
 import struct
 import sys
 import types
+from _pickle import Pickler, Unpickler, UnpicklingError # without `re`, which starts slowly
+from _signal import SIGKILL, alarm
 
 # %% ../nbs/reference/confinement.ipynb #b3e41062
 LINUX = sys.platform == "linux"
@@ -43,7 +43,7 @@ def _unshare(*names):
     flags = sum(NEW_NAMESPACES[name] for name in names)
     _checked(_libc().unshare(flags), f"unshare {names}")
 
-# %% ../nbs/reference/confinement.ipynb #8f83ec56
+# %% ../nbs/reference/confinement.ipynb #00557364
 def _write(path, text):
     with open(path, "w") as file:
         file.write(text)
@@ -77,7 +77,7 @@ def _small_disk(folder, mb, uid):
     "Put a small file system in memory on the folder; whether that was allowed."
     plain = 0xE # no set-uid, no devices, no programs
     options = f"size={mb}m,nr_inodes=2000,mode=700,uid={uid}".encode()
-    return _libc().mount(b"tmpfs", folder.encode(), b"tmpfs", plain, options) == 0
+    return _libc().mount(b"tmpfs", os.fsencode(folder), b"tmpfs", plain, options) == 0
 
 def _drop_capabilities(keep=0):
     "Give up all capabilities but those of the bit mask `keep`."
@@ -159,7 +159,7 @@ def _landlock(folder=None):
     _checked(_libc().syscall(446, ruleset, 0), "Landlock")
     os.close(ruleset)
 
-# %% ../nbs/reference/confinement.ipynb #8fae1cef
+# %% ../nbs/reference/confinement.ipynb #f4e7c203
 MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 REFUSED = dict( # numbers on x86-64 and on 64-bit ARM; None: there is no such call
     socket=(41, 198), connect=(42, 203), bind=(49, 200), ptrace=(101, 117),
@@ -179,6 +179,15 @@ REFUSED = dict( # numbers on x86-64 and on 64-bit ARM; None: there is no such ca
 SIGNALS = dict(kill=(62, 129), tkill=(200, 130), tgkill=(234, 131), rt_sigqueueinfo=(129, 138),
                rt_tgsigqueueinfo=(297, 240), pidfd_send_signal=(424, 424))
 
+CLONE, CLONE3 = (56, 220), 435
+
+def _no_namespaces(clone):
+    "Steps: no process may begin with namespaces of its own, in which it would have root's rights."
+    new, there_is_none = sum(NEW_NAMESPACES.values()), 0x00050000 | errno.ENOSYS
+    steps = [(0x15, 0, 1, CLONE3), (0x06, 0, 0, there_is_none)] # then the C library calls clone
+    steps += [(0x15, 0, 4, clone), (0x20, 0, 0, 16), (0x45, 0, 1, new)]
+    return steps + [(0x06, 0, 0, 0x00050000 | errno.EPERM), (0x06, 0, 0, 0x7FFF0000)]
+
 def _filter(machine, refused):
     "A program for the kernel's filter, as bytes: refuse these calls, allow all others."
     arch, column = MACHINES[machine]
@@ -186,6 +195,7 @@ def _filter(machine, refused):
     kill, refuse, allow = 0x80000000, 0x00050000 | errno.EPERM, 0x7FFF0000
     steps = [(load, 0, 0, 4), (equal, 1, 0, arch), (answer, 0, 0, kill), (load, 0, 0, 0)]
     steps += [(at_least, 0, 1, 0x40000000), (answer, 0, 0, refuse)] # 32-bit calls in disguise
+    steps += _no_namespaces(CLONE[column])
     for numbers in refused.values():
         if numbers[column] is not None:
             steps += [(equal, 0, 1, numbers[column]), (answer, 0, 0, refuse)]
@@ -199,7 +209,7 @@ def _seccomp(signals):
     program = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))
     _prctl(SET_SECCOMP, 2, ctypes.c_char_p(program))
 
-# %% ../nbs/reference/confinement.ipynb #d712df05
+# %% ../nbs/reference/confinement.ipynb #eada5315
 def _limit(what, value):
     hard = resource.getrlimit(what)[1]
     if hard != resource.RLIM_INFINITY:
@@ -248,7 +258,7 @@ def cage(job, own_processes):
     if was_root and not job["another_user"]:
         missing.append("another user")
     if LINUX:
-        _prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+        _prctl(SET_DEATH_SIGNAL, SIGKILL)
         _prctl(SET_DUMPABLE, 0)
         _prctl(NO_NEW_PRIVS, 1)
         missing += _forbid(own_processes)
@@ -261,7 +271,7 @@ def cage(job, own_processes):
         raise OSError("Python's own files can be read by root alone: use a Python outside /root")
     return missing
 
-# %% ../nbs/reference/confinement.ipynb #84ab489c
+# %% ../nbs/reference/confinement.ipynb #00c27506
 PLAIN = ("bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "range",
          "set", "slice", "str", "tuple")
 LARGEST = 64 * 2**20 # bytes
@@ -269,13 +279,13 @@ LARGEST = 64 * 2**20 # bytes
 class Gone(BaseException):
     "The program's process does not answer any more, or not as it should."
 
-class PlainUnpickler(pickle.Unpickler):
+class PlainUnpickler(Unpickler):
     def find_class(self, module, name):
         if module == "builtins" and name in PLAIN:
             return getattr(builtins, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not plain data")
+        raise UnpicklingError(f"{module}.{name} is not plain data")
 
-class PlainPickler(pickle.Pickler):
+class PlainPickler(Pickler):
     "A subclass, such as Counter or a named tuple, travels as what it is a subclass of."
     def reducer_override(self, obj):
         if isinstance(obj, type):
@@ -317,7 +327,7 @@ class Channel:
         except Exception as error:
             raise Gone(f"returned what is not plain data: {error}") from None
 
-# %% ../nbs/reference/confinement.ipynb #9652fbec
+# %% ../nbs/reference/confinement.ipynb #3bcc5ad0
 FAILURES = ("failed", "timed out", "out of memory", "too much disk", "too many processes",
             "too many files", "blocked", "crashed", "killed itself", "left early")
 FORBIDDEN = (errno.EPERM, errno.EACCES, errno.EROFS, errno.EXDEV)
@@ -365,6 +375,7 @@ def outcome_of_end(status):
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         return ("left early", f"the process ended with exit code {code}") if code else None
+    import signal
     name = signal.Signals(-code).name
     if name == "SIGXCPU":
         return "timed out", "too much processor time"
@@ -372,7 +383,7 @@ def outcome_of_end(status):
         return "crashed", f"the interpreter died of {name}"
     return "killed itself", f"the process died of {name}"
 
-# %% ../nbs/reference/confinement.ipynb #2b129ba7
+# %% ../nbs/reference/confinement.ipynb #c3d97772
 def _names(module):
     "The names that a program leaves, for tests that use them: functions, modules, plain values."
     names = {}
@@ -382,7 +393,7 @@ def _names(module):
         if isinstance(value, types.ModuleType):
             names[name] = "module", value.__name__
         elif callable(value):
-            names[name] = "function", name
+            names[name] = "function", None
         elif isinstance(value, (int, float, str, bytes, type(None))):
             names[name] = "value", value
     return names
@@ -402,26 +413,30 @@ def _load(source):
         return module, ("raised", outcome_of(error), reason_of(error))
     return module, ("ended", {})
 
-def _answer(module, name, args, kwargs):
+def _answer(function, args, kwargs):
     try:
-        value = vars(module)[name](*args, **kwargs)
+        value = function(*args, **kwargs)
     except BaseException as error:
         kind, words = type(error).__name__, str(error)[:300]
         return "raised", (kind, words, outcome_of(error), reason_of(error)), args
     return "value", value, args
 
-def _serve(module, channel):
+def _serve(module, channel, first):
     "Answer calls until there are no more."
+    functions = dict(vars(module)) # as they were when the program had ended
     while True:
         try:
             call = channel.receive()
         except Gone:
             return
-        answer = _answer(module, *call)
+        name, args, kwargs = call
+        answer = _answer(functions[name], args, kwargs)
+        if os.getpid() != first:
+            os._exit(0)
         try:
             channel.send(answer)
         except Exception as error:
-            channel.send(("odd", f"{call[0]} returned {reason_of(error)}", ()))
+            channel.send(("odd", f"returned what cannot be sent: {reason_of(error)}", ()))
 
 def _quietly_flush():
     for stream in (sys.stdout, sys.stderr):
@@ -440,12 +455,12 @@ def suspect(job, channel):
     tested = end[0] == "ended" and job["tested"]
     channel.send(("ended", _names(module)) if tested else end)
     if tested:
-        _serve(module, channel)
+        _serve(module, channel, first)
     _quietly_flush()
     if tested:
         os._exit(0)
 
-# %% ../nbs/reference/confinement.ipynb #d3106f14
+# %% ../nbs/reference/confinement.ipynb #aa09f390
 NOT_BY_WORDS = (UnicodeError, ExceptionGroup) # exceptions that take more than a text
 
 class Program:
@@ -558,7 +573,7 @@ def _verdict_on_tests(program, names, job, pid):
     except BaseException as error:
         if program.raised and program.raised[0] is error:
             outcome, reason = program.raised[1:]
-            return (outcome if outcome in FAILURES else "failed"), reason
+            return (outcome if outcome in FAILURES else "failed"), reason[:1000]
         return outcome_of(error), reason_of(error)
     return "passed", ""
 
@@ -568,14 +583,16 @@ def judge(job, secret, channel, pid):
         kind, *rest = channel.receive()
         if kind == "raised" or (kind == "left" and job["tested"]):
             outcome, reason = rest
-            return (outcome if outcome in FAILURES else "failed"), str(reason)
-        if job["tested"] and kind == "ended":
-            return _verdict_on_tests(Program(channel), rest[0], secret, pid)
+            return (outcome if outcome in FAILURES else "failed"), str(reason)[:1000]
+        if job["tested"]:
+            return _verdict_on_tests(Program(channel), dict(*rest), secret, pid)
     except Gone as gone:
         return _of_gone(gone, pid)
+    except Exception as error: # a message of a form that only a program writes by itself
+        return outcome_of(error), "the program answered out of turn"
     return outcome_of_end(os.waitpid(pid, 0)[1]) or ("passed", "")
 
-# %% ../nbs/reference/confinement.ipynb #128cc8ec
+# %% ../nbs/reference/confinement.ipynb #4c3deaca
 def _read_part():
     "One part of the job from standard input, and not a byte more."
     def read(size):
@@ -586,10 +603,12 @@ def _read_part():
                 raise OSError("the job ends early")
             data += piece
         return data
-    return json.loads(read(struct.unpack("=Q", read(8))[0]))
+    return marshal.loads(read(struct.unpack("=Q", read(8))[0]))
 
-def _tell(fd, message):
-    os.write(fd, json.dumps(message).encode() + b"\n")
+def _tell(fd, *words):
+    "A line of the report, its words divided by tabs."
+    line = "\t".join(" ".join(word.split()) for word in words)
+    os.write(fd, line.encode("utf-8", "backslashreplace") + b"\n")
 
 def _input_file(text):
     "An open file without a name that holds what the program may read."
@@ -615,7 +634,7 @@ def _start_suspect(job, own_processes):
     os.closerange(3, 60)
     sys.stdout.reconfigure(line_buffering=True)
     if LINUX:
-        _prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+        _prctl(SET_DEATH_SIGNAL, SIGKILL)
         if _landlock_version() >= 6:
             _landlock()
     free = job["another_user"] or own_processes
@@ -626,21 +645,22 @@ def _start_suspect(job, own_processes):
 def _judge_process(job, report, own_processes):
     "Shut this process in, start the suspect, judge it, report."
     missing = cage(job, own_processes)
-    _tell(report, missing)
+    _tell(report, "caged", *missing)
     pid, channel = _start_suspect(job, own_processes)
     secret = _read_part()
     os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
     outcome, reason = judge(job, secret, channel, pid)
     _quietly_flush()
-    _tell(report, [secret["token"], outcome, reason])
+    _tell(report, secret["token"], outcome, reason)
 
 def main():
     "Make the cage, and wait until nothing is left in it."
     report = int(sys.argv[1])
     job = _read_part()
+    alarm(int(job["seconds"]) + 120) # should nobody be there any more to end this
     own_processes = False
     if LINUX:
-        _prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+        _prctl(SET_DEATH_SIGNAL, SIGKILL)
         _prctl(SET_SUBREAPER, 1)
         own_processes = _namespaces()
     pid = os.fork()
@@ -649,7 +669,7 @@ def main():
         try:
             _judge_process(job, report, own_processes)
         except Exception as error:
-            _tell(report, f"{type(error).__name__}: {error}")
+            _tell(report, "error", f"{type(error).__name__}: {error}")
         os._exit(0)
     os.close(report)
     try:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['OUTCOMES', 'Execution', 'run_program', 'check_solution', 'check_many']
 
-# %% ../nbs/reference/execution.ipynb #fd0f3173
+# %% ../nbs/reference/execution.ipynb #76ade51d
 import hmac
-import json
+import marshal
 import os
 import re
 import secrets
@@ -57,7 +57,7 @@ def _line(text, limit=300):
     text = harmless(" ".join(str(text).split()))
     return text if len(text) <= limit else text[:limit] + " …"
 
-# %% ../nbs/reference/execution.ipynb #e8a9a2ab
+# %% ../nbs/reference/execution.ipynb #e2f2718d
 _numbers = count()
 _START_SECONDS = 60 # to start on a busy machine, before the program's own time begins
 
@@ -66,6 +66,7 @@ _SEATBELT = """(version 1)(allow default)(deny network*)(deny signal (target oth
 (deny file-read-data (subpath "/Users") (subpath "/private/tmp") (subpath "/Volumes"))
 (allow file-read-data (subpath "{folder}") (subpath "{python}") (subpath "{package}"))"""
 
+_ENVIRONMENT = {"LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "2"} # all that a program sees of yours
 _BEGIN = ("import sys; sys.path.append(sys.argv[2]); import confinement; sys.path.pop(); "
           "confinement.main()")
 
@@ -88,7 +89,7 @@ def _job_file(*parts):
     "What the cage is told, in a file without a name."
     file = tempfile.TemporaryFile()
     for part in parts:
-        data = json.dumps(part).encode()
+        data = marshal.dumps(part)
         file.write(struct.pack("=Q", len(data)) + data)
     file.seek(0)
     return file
@@ -104,7 +105,7 @@ def _start(job, secret, folder):
         try:
             process = subprocess.Popen(
                 command, stdin=file, stdout=output_end, stderr=output_end, cwd=folder,
-                pass_fds=[report_end], env={"LANG": "C.UTF-8"}, start_new_session=True)
+                pass_fds=[report_end], env=_ENVIRONMENT, start_new_session=True)
         finally:
             os.close(output_end)
             os.close(report_end)
@@ -157,7 +158,7 @@ def _end(process, judged):
         for child in _children(process):
             try:
                 child.kill()
-            except psutil.NoSuchProcess:
+            except psutil.Error:
                 pass
         try:
             return process.wait(0.05)
@@ -185,7 +186,7 @@ def _remove(folder):
                 os.unlink(entry.path)
     os.rmdir(folder)
 
-# %% ../nbs/reference/execution.ipynb #fb824599
+# %% ../nbs/reference/execution.ipynb #9b78687c
 class _Watch:
     "One run, watched from outside."
     def __init__(self, job, process, output, report):
@@ -233,19 +234,20 @@ class _Watch:
 
     def verdict(self, token):
         "What the judge reported: (outcome, reason), and what was not enforced."
-        lines = [json.loads(line) for line in self.report.splitlines()]
-        if not lines or isinstance(lines[-1], str):
-            why = lines[-1] if lines else self.output.decode("utf-8", "replace")[-300:]
+        lines = self.report.decode("utf-8", "replace").splitlines()
+        first, *missing = lines[0].split("\t") if lines else [""]
+        if first != "caged":
+            why = " ".join(missing) or self.output.decode("utf-8", "replace")[-300:]
             raise SftlabError(f"a program cannot be run safely on this system: {_line(why)}")
-        missing = tuple(lines[0])
-        if len(lines) < 2:
-            return ("crashed", "the process with the tests ended without a verdict"), missing
-        shown, outcome, reason = lines[1]
-        if not hmac.compare_digest(shown, token):
-            return ("failed", "a verdict without the token"), missing
-        return (outcome, reason), missing
+        shown, *words = lines[1].split("\t") if len(lines) > 1 else ["error"]
+        if shown == "error":
+            words = "crashed", "the process with the tests ended without a verdict"
+        elif not hmac.compare_digest(shown, token):
+            words = "failed", "a verdict without the token"
+        outcome, reason = words
+        return (outcome, reason), tuple(missing)
 
-# %% ../nbs/reference/execution.ipynb #4e157f51
+# %% ../nbs/reference/execution.ipynb #79568d2e
 def _check_limits(source, stdin, seconds, memory_mb):
     for name, text in (("source", source), ("stdin", stdin)):
         if not isinstance(text, str):
@@ -256,11 +258,22 @@ def _check_limits(source, stdin, seconds, memory_mb):
     if os.name != "posix":
         raise SftlabError("programs run on Linux and macOS only: on Windows, use WSL")
 
+def _check_tests(test, entry_point):
+    "Refuse tests of which none would run."
+    if not isinstance(test, str):
+        raise DataError(f"test is {type(test).__name__}: it must be a string")
+    defined, called = (re.search(rf"(?m)^{way}\(", test) for way in ("def check", "check"))
+    if entry_point and "check" not in test:
+        raise DataError("test defines no `check(candidate)`: leave entry_point out")
+    if not entry_point and defined and not called:
+        raise DataError("test defines `check` and never calls it: entry_point is missing")
+
 def _uid():
     "Root runs each program as a user of its own, anybody else as himself."
     if os.geteuid():
         return os.geteuid()
-    return 20_000 + (os.getpid() * 64 + next(_numbers)) % 40_000
+    first, last = 61_184, 65_519 # set aside by systemd for users that come and go
+    return first + (os.getpid() * 64 + next(_numbers)) % (last - first)
 
 def _execute(source, stdin, seconds, memory_mb, test, entry_point):
     _check_limits(source, stdin, seconds, memory_mb)
@@ -288,7 +301,7 @@ def _execute(source, stdin, seconds, memory_mb, test, entry_point):
         _remove(folder)
     return Execution(outcome, _line(reason), harmless(output), seconds, missing)
 
-# %% ../nbs/reference/execution.ipynb #58384b7d
+# %% ../nbs/reference/execution.ipynb #3f97de41
 def run_program(
     source:str, # Python; only the standard library is there to import
     stdin:str="", # what it can read
@@ -306,8 +319,7 @@ def check_solution(
     memory_mb:int=512, # of each process, and of all together
 ) -> Execution: # `passed`: the tests ran to their end, and none failed
     "Run tests against a program. Raises DataError, and SftlabError where it cannot be run safely."
-    if not isinstance(test, str):
-        raise DataError(f"test is {type(test).__name__}: it must be a string")
+    _check_tests(test, entry_point)
     return _execute(program, "", seconds, memory_mb, test, entry_point)
 
 def check_many(

@@ -333,6 +333,21 @@ CHEATS = {
         def f(x):
             resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0))
             return 0"""),
+    "an answer before it is asked": ("failed", """
+        import os, pickle, struct
+        data = pickle.dumps(('ended', {'f': ('module', 'antigravity')}))
+        os.write(61, struct.pack('=Q', len(data)) + data)
+        def f(x): pass"""),
+    "a message of no known form": ("failed", """
+        import os, pickle, struct
+        data = pickle.dumps(5)
+        os.write(61, struct.pack('=Q', len(data)) + data)
+        def f(x): pass"""),
+    "an outcome of its own": ("failed", """
+        import os, pickle, struct
+        data = pickle.dumps(('raised', 'passed', 'x' * 10**6))
+        os.write(61, struct.pack('=Q', len(data)) + data)
+        def f(x): pass"""),
     "silence": ("timed out", """
         import os, time
         def f(x):
@@ -401,7 +416,7 @@ def test_a_loop_is_not_ended_by_the_program(clean):
                                   "raise KeyboardInterrupt", "assert False", "not ( Python"])
 def test_tests_that_do_not_end_do_not_pass(test, clean):
     assert not check_solution(RIGHT, test)
-    assert not check_solution(RIGHT, test, "f")
+    assert not check_solution(RIGHT, f"def check(candidate): pass\n{test}", "f")
 
 
 RIGHT_ONES = {
@@ -427,6 +442,12 @@ else:
 for x in (None, True, 1, 10 ** 5000, 1.5, 2j, "s\\ud800", b"b", (1, [2, {3}]), {4: {"a": 5}},
           range(3), frozenset({1}), bytearray(b"x"), float("inf"), slice(1, 2)):
     assert f(x) == x and type(f(x)) is type(x)""", None),
+    "one that removes itself": ("def f(x):\n    globals().pop('f', None)\n    return x + 1", CHECK, "f"),
+    "threads": ("from concurrent.futures import ThreadPoolExecutor as Pool\nwith Pool(4) as pool:\n"
+                "    n = sum(pool.map(abs, [1, -1]))\ndef f(x): return x + n - 1", CHECK, "f"),
+    "files of its own": ("open('a', 'w').write('1')\n"
+                         "def f(x): return x + int(open('a').read())", CHECK, "f"),
+    "a process begun": ("import os\ndef f(x):\n    os.fork()\n    return x + 1", CHECK, "f"),
     "it prints": ("print('load')\ndef f(x): print('call'); return x + 1", CHECK, "f"),
     "its own __name__": ("def f(x): return x + (__name__ == '__main__')", CHECK, "f"),
     "names like a builtin's": ("def sum(x): return 0\ndef f(x): return x + 1",
@@ -441,7 +462,9 @@ for x in (None, True, 1, 10 ** 5000, 1.5, 2j, "s\\ud800", b"b", (1, [2, {3}]), {
 @pytest.mark.parametrize("name", RIGHT_ONES)
 def test_a_right_solution_passes(name, clean):
     program, test, entry_point = RIGHT_ONES[name]
-    found = check_solution(program, test, entry_point)
+    found = check_solution(program, test, entry_point, seconds=20)
+    if found.unprotected and found.outcome == "too many processes":
+        pytest.skip("this system allows no processes or threads")
     assert found, found
     assert found.reason == ""
 
@@ -596,6 +619,10 @@ def test_wrong_arguments_are_refused(wrong, said):
 
 
 def test_wrong_tests_are_refused():
+    with pytest.raises(DataError, match="never calls it"):
+        check_solution(RIGHT, CHECK)
+    with pytest.raises(DataError, match="leave entry_point out"):
+        check_solution(RIGHT, "assert f(1) == 2", "f")
     with pytest.raises(DataError, match="test is NoneType"):
         check_solution("pass", None)
     with pytest.raises(DataError, match="workers is 0"):
@@ -623,7 +650,8 @@ def test_harmless_text_is_what_a_terminal_can_show(text):
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
     | st.binary() | st.complex_numbers(allow_nan=False),
-    lambda inner: st.lists(inner) | st.tuples(inner) | st.dictionaries(st.text(), inner), max_leaves=10)
+    lambda inner: st.lists(inner) | st.tuples(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10)
 
 
 @settings(max_examples=40)
