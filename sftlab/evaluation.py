@@ -70,13 +70,13 @@ class Evaluation:
         "Write everything to a JSON file, whole or not at all; an `OutputError` if that cannot be."
         _write(path, dict(format=_FORMAT, about=self.about, answers=self.answers))
 
-    def __repr__(self): return _plain(self.table.to_string(float_format="{:.3f}".format))
+    def __repr__(self):
+        from sftlab.execution import harmless
+        return harmless(self.table.to_string(float_format="{:.3f}".format))
+
     def _repr_html_(self): return self.table.to_html(float_format="{:.3f}".format, border=0)
 
 _FORMAT = "sftlab evaluation 1"
-
-def _plain(text): # no character that a terminal obeys
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 def _write(path, content):
     with atomic_file(path) as file:
