@@ -3,6 +3,9 @@
 The JavaScript modules run in node, through tests/live.mjs; the page runs in Chromium, served from a
 temporary folder. A greedy answer may differ only where the two best logits are nearly equal.
 """
+import functools
+import gzip
+import http.server
 import importlib.util
 import json
 import os
@@ -10,12 +13,16 @@ import random
 import re
 import shutil
 import subprocess
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from playwright.sync_api import expect, sync_playwright
 from safetensors.torch import save_file
 
+from lab import QUIET, find_browser
 from sftlab.files.adapters import adapter_tensors, load_adapter
 from sftlab.generation import few_shot_prompt, truncate_at_stop
 from sftlab.lora import adapters, inject, merge, train_tokens
@@ -24,9 +31,11 @@ from sftlab.models import load
 from sftlab.tiny.pretraining import chat_prompt
 from sftlab.tiny.world import as_messages, examples
 from sftlab.training import (PADDING_FREE, TrainingConfig, count_targets, effective_batches,
-                             new_optimizer, nll_sum, padded, training_steps)
+                             lr_multiplier, new_optimizer, nll_sum, padded, training_steps,
+                             warmup_steps)
 
 pytestmark = pytest.mark.slow
+expect.set_options(timeout=120_000)
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "nbs/live"
 MARGIN = 1e-3 # of the two best logits: below it, a greedy choice may fall either way
@@ -164,7 +173,7 @@ def prompts(base):
     return dict(base=[[0, *plain(q)] for q in asked], instruct=turns)
 
 
-@pytest.mark.parametrize("backend, n, limit", [("kernel", 50, 48), ("plain", 8, 16)])
+@pytest.mark.parametrize("backend, n, limit", [("kernel", 50, 32), ("plain", 6, 16)])
 def test_greedy_answers_are_those_of_python(node, base, instruct, prompts, backend, n, limit):
     asked = {name: of_all[-n:] for name, of_all in prompts.items()}
     found = node("answers", backend=backend, limit=limit, **asked)
@@ -172,8 +181,9 @@ def test_greedy_answers_are_those_of_python(node, base, instruct, prompts, backe
         answers = list(zip(asked[name], found[name]))
         wrong = [differs(model, prompt, answer, limit) for prompt, answer in answers]
         assert len(wrong) == n and not any(wrong), f"{name}: {sum(wrong)} answers differ"
-    if n == 50:
-        assert sum(ids[-1] == 2 for ids in found["instruct"]) > 40
+    if n == 50:  # and the adapter belongs to this base: most answers are right
+        decoded = [base[1].decode(ids).removesuffix("<|im_end|>") for ids in found["instruct"]]
+        assert sum(said == right for said, (_, right) in zip(decoded[:42], pairs())) > 30
 
 
 def test_a_different_answer_would_be_noticed(base, prompts):
@@ -237,3 +247,295 @@ def test_losses_of_twenty_steps_are_those_of_torch(node, method, rate, tmp_path)
                  rates=[step["learning_rate"] for step in wanted])
     assert found["losses"] == pytest.approx([step["loss"] for step in wanted], abs=1e-3)
     assert found["losses"][-1] < 0.6 * found["losses"][0]
+
+
+def test_schedule_and_batches_are_the_courses(node):
+    lengths, rows = [1, 3, 12, 114], list(range(20))
+    found = node("schedule", lengths=lengths, rows=rows, seed=0)
+    for n, rates in zip(lengths, found["rates"]):
+        warmup = warmup_steps(0.05, n)
+        assert rates == pytest.approx([lr_multiplier(i, n, warmup=warmup) for i in range(n)])
+    epochs = [sum(found["batches"][i:i + 3], []) for i in (0, 3, 6)]
+    assert [len(batch) for batch in found["batches"]] == [8, 8, 4] * 3
+    assert all(sorted(epoch) == rows for epoch in epochs) and epochs[0] != epochs[1]
+
+
+# --- files: what is built, what is damaged
+
+def test_what_npm_made_belongs_to_its_sources():
+    """`python tools/live.py build` has run since kernel.ts or a version was changed."""
+    built = json.loads((PAGE / "built.json").read_text())
+    tool = live()
+    assert set(built) == {*tool.MADE, *tool.MADE_FROM}
+    assert built == {name: tool.sha256(PAGE / name) for name in built}
+    assert "Apache License" in (PAGE / "vendor/LICENSE").read_text()
+
+
+def test_the_page_is_light(site):
+    "300 KB, packed, without what tools/live.py puts into data/."
+    size = sum(len(gzip.compress((site / name).read_bytes())) for name in live().page_files())
+    assert size < 300_000
+
+
+def test_the_service_worker_keeps_every_file():
+    listed = re.search(r"FILES = \[(.*?)\]", (PAGE / "sw.js").read_text(), re.DOTALL)[1]
+    wanted = set(live().page_files()) - {"index.html", "sw.js", "vendor/LICENSE"} | {"./"}
+    assert set(re.findall(r"'(.*?)'", listed)) == wanted
+
+
+def test_no_question_is_among_the_conversations(site):
+    def read(name): return json.loads((site / "data" / name).read_text("utf-8"))
+    questions, rows = read("questions.json"), read("conversations.json")
+    asked = {*questions["asked"], *(q for q, _ in questions["held_out"])}
+    assert len(questions["held_out"]) == 60 and len(asked) > 60
+    assert sorted(rows, key=int) == ["30", "100", "300", "1000"] and len(rows["1000"]) == 1000
+    assert not {q for some in rows.values() for q, _ in some} & asked
+
+
+def damaged(folder, content):
+    "Copies of a safetensors file with one fault each, and what is to be said about it."
+    length = int.from_bytes(content[:8], "little")
+    faults = {"has no header": content[:5], "ends within its header": content[:100],
+              "cannot be read": content[:8] + b"x" * length + content[8 + length:],
+              "ends before": content[:-1],
+              "not BF16 or F32": content.replace(b'"BF16"', b'"BF17"', 1),
+              "bytes of": content.replace(b"[512,192]", b"[512,191]", 1)}
+    for i, fault in enumerate(faults.values()):
+        (folder / str(i)).write_bytes(fault)
+    return faults, [str(folder / str(i)) for i in range(len(faults))]
+
+
+def test_damaged_files_are_named(node, site, tmp_path):
+    faults, files = damaged(tmp_path, (site / "data/model.safetensors").read_bytes())
+    said = node("read", files=[*files, str(site / "data/model.safetensors")])
+    assert said.pop() == ""
+    for fault, message in zip(faults, said, strict=True):
+        assert message.startswith("model.safetensors") and fault in message
+
+
+def test_what_does_not_fit_is_named(node):
+    missing, size, kind, *adapter = node("fit")
+    assert missing == "model.safetensors has no model.norm.weight."
+    assert "does not fit config.json" in size and "cannot run" in kind
+    assert all("made for another model" in message for message in adapter) and len(adapter) == 2
+
+
+# --- the page in a browser
+
+@contextmanager
+def served(folder, instead=None):
+    "A server of a folder; `instead` has the bytes of files that it shall give out otherwise."
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            content = (instead or {}).get(self.path.split("?")[0], b"")
+            if content is None:
+                self.send_error(404)
+            elif content:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(content)
+            else:
+                super().do_GET()
+
+        def log_message(self, *args): pass
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    program = find_browser()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def visit(browser, address, **options):
+    "The page, in a browser that knows nothing of it; no error may appear in its console."
+    options = dict(viewport=dict(width=1280, height=900)) | options
+    context = browser.new_context(**options)
+    context.set_default_timeout(120_000)
+    page, said, asked = context.new_page(), [], []
+    page.on("console", lambda m: said.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    context.on("request", lambda request: asked.append(request.url))
+    page.goto(address)
+    page.wait_for_load_state("networkidle")
+    page.asked = asked
+    yield page
+    context.close()
+    assert not [url for url in asked if not url.startswith((address, "data:"))]
+    page.said = said
+
+
+def ask(page, prompt=None):
+    "Both answers, once they are complete."
+    if prompt:
+        page.locator("#prompt").fill(prompt)
+    page.locator("#pace").select_option("0")
+    page.get_by_role("button", name="Ask both").click()
+    for who in ("base", "instruct"):
+        page.locator(f"[data-who={who}] .state b").wait_for()
+    expect(page.locator("#status")).to_contain_text("tokens a second")
+    return page.locator(".out").all_inner_texts()
+
+
+SHORT = dict(size="30", method="lora", rate="0.01")  # enough to learn to stop
+
+
+def choose(page, size, method, rate):
+    page.locator(f"[name=size][value='{size}']").check(force=True)
+    page.locator(f"[name=method][value='{method}']").check(force=True)
+    page.locator("#rate").select_option(rate)
+
+
+def narrow(page):
+    return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_talking(site, browser):
+    with served(site) as address, visit(browser, address) as page:
+        assert not [url for url in page.asked if "data/" in url or "worker" in url]
+        shown = page.locator(".out").all_inner_texts()
+        base, instruct = ask(page)
+        def words(text): return " ".join(text.replace("…", "").split())
+        assert [words(base), words(instruct)] == [words(text) for text in shown]
+        assert instruct.endswith("stops") and "Brasilia" in instruct
+        token = page.locator("[data-who=instruct] .token", has_text="Bras").first
+        token.click()
+        others = page.locator("[data-who=instruct] .others li")
+        expect(others).to_have_count(5)
+        assert others.first.inner_text().startswith("␣Bras")
+        page.locator("[data-who=instruct] .out").focus()
+        page.keyboard.press("ArrowLeft")
+        expect(page.locator("#announcer")).to_contain_text("It could have been: is")
+        summary = page.locator("[data-who=instruct] summary")
+        summary.click()
+        assert page.locator("[data-who=instruct] .given .mark").all_inner_texts() == [
+            "<|im_start|>", "<|im_end|>", "<|im_start|>"]
+        page.get_by_text("four solved examples too").click()
+        base, _ = ask(page, "What is the capital of Brazil?")
+        assert page.locator("[data-who=base] .after").count() and "Brasilia" in base
+        typed, _ = ask(page, "<b>x</b><|im_end|>")
+        assert "<b>x</b><|im_end|>" in typed and page.locator(".out b").count() == 0
+    assert page.said == []
+
+
+def test_without_a_network_after_the_first_visit(site, browser):
+    with served(site) as address, visit(browser, address) as page:
+        first = ask(page)
+        page.evaluate("() => navigator.serviceWorker.ready.then(() => 1)")
+        page.context.set_offline(True)
+        page.goto(address)
+        assert ask(page) == first
+
+
+def test_fine_tuning(site, browser):
+    with served(site) as address, visit(browser, address) as page:
+        choose(page, **SHORT)
+        page.get_by_role("button", name="Start fine-tuning").click()
+        status = page.locator("#tune-status")
+        expect(status).to_contain_text("Step 2 of 12")
+        page.get_by_role("button", name="Stop").click()
+        expect(status).to_contain_text("Stopped at step")
+        at = int(re.search(r"step (\d+)", status.inner_text())[1])
+        assert 2 <= at < 12
+        _, mine = ask(page)  # what it has learned so far; nothing moves meanwhile
+        assert page.locator("#answerer").input_value() == "mine" and mine
+        assert f"step {at} of 12" in status.inner_text()
+        page.get_by_role("button", name="Go on").click()
+        expect(status).to_contain_text("Done: 12 steps")
+        assert page.locator("#asked .end").count() >= 3
+        assert "of 60 right" in page.locator("#score .bars").inner_text()
+        stops = int(re.search(r"itself (\d+) times", page.locator("#score-says").inner_text())[1])
+        assert stops > 30
+        _, mine = ask(page)
+        assert mine.endswith("stops")
+    assert page.said == []
+
+
+def test_conversations_of_ones_own(site, browser):
+    with served(site) as address, visit(browser, address) as page:
+        page.locator("#own summary").click()
+        box, says = page.locator("#conversations"), page.locator("#own-says")
+        expect(says).to_contain_text("300 conversations of ours")
+        for text, fault in (("hello", "Line 1"), ("Q: a\nQ: b\nA: c", "Line 2"), ("A: c", "Line 1"),
+                            ("Q: a\nA:", "missing"), ("", "no conversation")):
+            box.fill(text)
+            expect(says).to_contain_text(fault)
+        page.get_by_role("button", name="Start fine-tuning").click()
+        assert page.locator("#lab").is_hidden()
+        box.fill("Q: Who are you?\nA: I am tiny.\nVery tiny.\n\nQ: 你好\nA: 你好！")
+        expect(says).to_contain_text("2 conversations of yours")
+        page.get_by_role("button", name="Start fine-tuning").click()
+        expect(page.locator("#at")).to_have_text("3")
+        box.fill("Q: x\nA: " + "long " * 600)
+        page.get_by_role("button", name="Start anew").click()
+        expect(page.locator("#tune-status")).to_contain_text("Conversation 1 has")
+        page.get_by_role("button", name="Put ours back").click()
+        expect(says).to_contain_text("300 conversations of ours")
+    assert page.said == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone(site, browser, scheme):
+    phone = dict(viewport=dict(width=390, height=844), has_touch=True, is_mobile=True)
+    with served(site) as address:
+        with visit(browser, address, color_scheme=scheme, **phone) as page:
+            assert narrow(page)
+            for details in page.locator("#tune summary").all()[:2]:
+                details.click()
+            page.locator("#go").tap()
+            page.locator("[data-who=base] .state b").wait_for()
+            page.locator("[data-who=instruct] .token").first.tap()
+            assert narrow(page)
+            colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            red = int(re.search(r"\d+", colour)[0])
+            assert red < 60 if scheme == "dark" else red > 200
+    assert page.said == []
+
+
+def test_the_colours_chosen_on_the_site_hold(site, browser):
+    with served(site) as address, visit(browser, address) as page:
+        page.evaluate("localStorage.setItem('quarto-color-scheme', 'alternate')")
+        page.reload()
+        assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+def test_trouble_is_told(site, browser):
+    model = (site / "data/model.safetensors").read_bytes()
+    changed = model[:-7] + bytes([model[-7] ^ 1]) + model[-6:]
+    adapter = "/data/adapter.safetensors"
+    for instead, fault in (
+            ({"/data/model.safetensors": model[:2_000_000]}, "2,000,000 of 5,119,360 bytes came"),
+            ({"/data/model.safetensors": changed}, "its hash differs"),
+            ({adapter: None}, "adapter.safetensors is not on this server (404)")):
+        with served(site, instead) as address, visit(browser, address) as page:
+            page.locator("#go").click()
+            expect(page.locator("#status")).to_contain_text(fault)
+            assert page.locator("#go").inner_text() == "Ask both"
+            instead.clear()  # the server is in order again, so the next question works
+            assert "Brasilia" in ask(page)[1]
+
+
+def test_without_simd_it_talks(site, browser):
+    with served(site, {"/kernel.wasm": b"\0asm, but not as this browser knows it"}) as address:
+        with visit(browser, address) as page:
+            assert "Brasilia" in ask(page)[1]
+            assert page.get_by_role("button", name="Start fine-tuning").is_disabled()
+            expect(page.locator("#tune-status")).to_contain_text("no WASM SIMD")
+    assert page.said == []
+
+
+@pytest.mark.parametrize("ci, outcome", [("true", pytest.fail.Exception),
+                                         ("", pytest.skip.Exception)])
+def test_without_node(monkeypatch, ci, outcome):
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(outcome, match="no node"):
+        find_node()

@@ -1,5 +1,6 @@
 // A Llama in plain JavaScript: reads safetensors, merges a LoRA adapter, keeps a KV cache, and
 // gives the logits of the next token. With a kernel (kernel.js) its products run as WASM SIMD.
+import { gated, rmsNorm, rotary, rotate } from './math.js'
 
 // --- files
 
@@ -116,21 +117,6 @@ export function checkConfig(c) { // refuses a Llama with parts that are not writ
   if (!known) throw new Error('config.json describes a model that this page cannot run.')
 }
 
-// The rotary embedding's cosines and sines: positions x half a head, as one long array each.
-export function rotary({ head_dim, max_position_embeddings: positions, rope_parameters }) {
-  const half = head_dim / 2
-  const cos = new Float32Array(positions * half)
-  const sin = new Float32Array(positions * half)
-  for (let i = 0; i < half; i++) { // rounded where torch rounds
-    const frequency = Math.fround(1 / Math.fround(rope_parameters.rope_theta ** (i / half)))
-    for (let p = 0; p < positions; p++) {
-      cos[p * half + i] = Math.cos(Math.fround(p * frequency))
-      sin[p * half + i] = Math.sin(Math.fround(p * frequency))
-    }
-  }
-  return { cos, sin }
-}
-
 // The weights of a layer by short names; `get` makes of a full name what is wanted.
 const LAYER = {
   q: 'self_attn.q_proj', k: 'self_attn.k_proj', v: 'self_attn.v_proj', o: 'self_attn.o_proj',
@@ -159,7 +145,7 @@ export class Llama {
     }
     this.norm = get('model.norm.weight')
     this.layers = layers(c, get)
-    Object.assign(this, rotary(c))
+    this.angles = rotary(c)
     const wide = c.num_attention_heads * c.head_dim
     const narrow = c.num_key_value_heads * c.head_dim
     const sizes = { x: c.hidden_size, h: c.hidden_size, add: c.hidden_size, q: wide, att: wide,
@@ -167,6 +153,7 @@ export class Llama {
       logits: c.vocab_size }
     this.tmp = Object.fromEntries(Object.entries(sizes).map(([k, n]) => [k, kernel.alloc(n)]))
     this.scores = new Float32Array(c.max_position_embeddings)
+    this.scale = new Float32Array(1)
   }
 
   newCache() {
@@ -199,26 +186,8 @@ export class Llama {
     return logits
   }
 
-  normalize(out, x, weight) { // RMSNorm
-    let sum = 0
-    for (let i = 0; i < x.length; i++) sum += x[i] * x[i]
-    const scale = 1 / Math.sqrt(sum / x.length + this.config.rms_norm_eps)
-    for (let i = 0; i < x.length; i++) out[i] = x[i] * scale * weight[i]
-  }
-
-  rotate(v, position) { // every head of v, by the angles of its position
-    const { head_dim } = this.config
-    const half = head_dim / 2
-    for (let at = 0; at < v.length; at += head_dim) {
-      for (let i = 0; i < half; i++) {
-        const cos = this.cos[position * half + i]
-        const sin = this.sin[position * half + i]
-        const a = v[at + i]
-        const b = v[at + i + half]
-        v[at + i] = a * cos - b * sin
-        v[at + i + half] = b * cos + a * sin
-      }
-    }
+  normalize(out, x, weight) {
+    rmsNorm(out, x, weight, this.scale, 1, this.config.rms_norm_eps)
   }
 
   attention(w, cache, position) { // x += o_proj(attention(norm(x)))
@@ -228,8 +197,8 @@ export class Llama {
     this.kernel.matvec(q, w.q, h, q.length, c.hidden_size)
     this.kernel.matvec(k, w.k, h, k.length, c.hidden_size)
     this.kernel.matvec(v, w.v, h, v.length, c.hidden_size)
-    this.rotate(q, position)
-    this.rotate(k, position)
+    rotate(q, 0, q.length, position, this.angles)
+    rotate(k, 0, k.length, position, this.angles)
     cache.k.set(k, position * k.length)
     cache.v.set(v, position * v.length)
     att.fill(0)
@@ -272,7 +241,7 @@ export class Llama {
     this.normalize(h, x, w.norm2)
     this.kernel.matvec(gate, w.gate, h, inner, hidden)
     this.kernel.matvec(up, w.up, h, inner, hidden)
-    for (let i = 0; i < inner; i++) gate[i] = gate[i] / (1 + Math.exp(-gate[i])) * up[i]
+    gated(gate, gate, up, inner)
     this.kernel.matvec(add, w.down, gate, hidden, inner)
     for (let i = 0; i < hidden; i++) x[i] += add[i]
   }

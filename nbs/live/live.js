@@ -36,6 +36,7 @@ class Card {
   }
 
   begin(asked) {
+    this.article.classList.remove('preview')
     this.steps = []
     this.chosen = null
     this.out.replaceChildren(make('span', { className: 'asked', textContent: asked }))
@@ -152,6 +153,7 @@ let megabytes = ''
 const tuning = new Tuning(tell)
 const HEARD = {
   progress({ got, all }) {
+    if (megabytes) return // the conversations, later
     $('#status progress').hidden = false
     $('#status progress').value = got / all
     const [came, wanted] = [got, all].map(bytes => (bytes / 1e6).toFixed(1))
@@ -177,7 +179,7 @@ const HEARD = {
   asked({ perSecond }) {
     setBusy(false)
     const speed = count(Math.round(perSecond / 10) * 10)
-    status(`Both models are here: ${megabytes} MB. At full speed they write ${speed} tokens a second.`)
+    status(`Both models are here, ${megabytes} MB. At full speed they read and write ${speed} tokens a second.`)
   },
   error({ task, message }) {
     if (task === 'ask') {
@@ -211,8 +213,8 @@ $('#prompt').onkeydown = event => {
 }
 $('#temperature').oninput = ({ target }) => {
   const t = Number(target.value)
-  const told = t === 0 ? 'always the likeliest' : t < 0.6 ? 'careful' : t <= 1 ? 'as it is' : 'wild'
-  $('#temperature-says').textContent = `${t}: ${told}`
+  const told = t === 0 ? 'the likeliest' : t < 0.6 ? 'careful' : t <= 1 ? 'as it is' : 'wild'
+  $('#temperature-says').textContent = `${t}, ${told}`
 }
 $('#examples').append(...EXAMPLES.map(text => make('button', { type: 'button',
   textContent: text.split('\n')[0],

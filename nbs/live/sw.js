@@ -3,8 +3,9 @@
 
 const CACHE = 'sftlab-live-page'
 const FILES = ['./', 'chart.js', 'conversations.js', 'dom.js', 'engine.js', 'kernel.js',
-  'kernel.wasm', 'live.css', 'live.js', 'lora.js', 'sampling.js', 'store.js', 'theme.js',
-  'tokenizer.js', 'trainer.js', 'tune.js', 'vendor/tokenizers.js', 'worker.js']
+  'kernel.wasm', 'live.css', 'live.js', 'lora.js', 'math.js', 'sampling.js', 'store.js', 'theme.js',
+  'tokenizer.js', 'trainer.js', 'tune.js', 'vendor/tokenizers.js', 'worker-talk.js',
+  'worker-tune.js', 'worker.js']
 
 self.addEventListener('install', event => {
   self.skipWaiting()

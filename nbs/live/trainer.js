@@ -1,9 +1,11 @@
 // Fine-tuning in the page: the forward and backward pass of a Llama by hand, and AdamW.
 // The rows of a step are laid one after the other, without padding; attention looks only within
 // its own row. Matrix products run in the kernel. y = x W^T, as torch has it: W is (out, in).
-import { checkConfig, layers, rotary } from './engine.js'
+import { checkConfig, layers } from './engine.js'
 import { Kernel, roomFor } from './kernel.js'
 import { Lora } from './lora.js'
+import { attention, attentionBack, crossEntropy, gated, gatedBack, rmsNorm, rmsNormBack, rotary,
+  rotate } from './math.js'
 
 const ROOM = 640 // tokens of one pass; a step with more takes several, and adds the gradients up
 const SETTINGS = { method: 'full', r: 8, alpha: 16, seed: 0, maxNorm: 1 }
@@ -18,7 +20,7 @@ export class Trainer {
     this.size = Object.values(tensors).reduce((sum, t) => sum + t.data.length, 0)
     this.kernel = new Kernel(module, 5 * this.size + this.roomForPass() + roomFor(c))
     this.takeWeights(tensors)
-    Object.assign(this, rotary(c))
+    this.angles = rotary(c)
     this.allocPass()
     this.lora = this.settings.method === 'lora'
       ? new Lora(this.kernel, Object.values(this.params), this.settings) : null
@@ -90,169 +92,80 @@ export class Trainer {
     this.kernel.gemm(g, dy, x, [outs, ins, T], { add: true, flip: true })
   }
 
-  normalize(y, x, { w }, scale, T) { // RMSNorm; keeps each row's scale
-    const { hidden_size: H, rms_norm_eps } = this.config
-    for (let t = 0; t < T; t++) {
-      const at = t * H
-      let sum = 0
-      for (let i = 0; i < H; i++) sum += x[at + i] * x[at + i]
-      scale[t] = 1 / Math.sqrt(sum / H + rms_norm_eps)
-      for (let i = 0; i < H; i++) y[at + i] = x[at + i] * scale[t] * w[i]
-    }
+  normalize(y, x, { w }, scales, T) {
+    rmsNorm(y, x, w, scales, T, this.config.rms_norm_eps)
   }
 
-  normalizeBack(dx, dy, x, { w, g }, scale, T) { // dx += …
+  normalizeBack(dx, dy, x, { w, g }, scales, T) {
+    rmsNormBack(dx, dy, x, w, g, scales, T)
+  }
+
+  rotate(v, spans, sign) { // each token by its place in its own row
     const { hidden_size: H } = this.config
-    for (let t = 0; t < T; t++) {
-      const at = t * H
-      const k = scale[t]
-      let dot = 0
-      for (let i = 0; i < H; i++) {
-        const both = dy[at + i] * x[at + i]
-        g[i] += both * k
-        dot += both * w[i]
-      }
-      dot *= k * k / H
-      for (let i = 0; i < H; i++) dx[at + i] += k * (dy[at + i] * w[i] - x[at + i] * dot)
+    for (const { from, to } of spans) {
+      for (let t = from; t < to; t++) rotate(v, t * H, (t + 1) * H, t - from, this.angles, sign)
     }
   }
 
-  rotate(v, rows, sign) { // by the angle of each position; sign -1 turns gradients back
-    const { head_dim, hidden_size: H } = this.config
-    const half = head_dim / 2
-    for (const { from, to } of rows) {
-      for (let t = from; t < to; t++) {
-        const angle = (t - from) * half
-        for (let at = t * H; at < (t + 1) * H; at += head_dim) {
-          for (let i = 0; i < half; i++) {
-            const cos = this.cos[angle + i]
-            const sin = sign * this.sin[angle + i]
-            const a = v[at + i]
-            const b = v[at + i + half]
-            v[at + i] = a * cos - b * sin
-            v[at + i + half] = b * cos + a * sin
-          }
-        }
+  *heads(spans) { // each head of each row, for math.js
+    const { num_attention_heads, head_dim: dim, hidden_size: width } = this.config
+    for (const { from, to } of spans) {
+      for (let head = 0; head < num_attention_heads; head++) {
+        yield { at: from * width + head * dim, n: to - from, dim, width }
       }
     }
   }
 
-  *heads(rows) { // each head of each row: its first place in q, k and v, and the row's length
-    const { num_attention_heads: N, head_dim, hidden_size: H } = this.config
-    for (const { from, to } of rows) {
-      for (let head = 0; head < N; head++) yield { at: from * H + head * head_dim, n: to - from }
-    }
-  }
-
-  attend(kept, rows) { // att = softmax(q k^T) v, causal; keeps the probabilities
-    const { head_dim: D, hidden_size: H } = this.config
-    const { q, k, v, att } = kept
+  attend(kept, spans) { // keeps the probabilities for the way back
     kept.probabilities = []
-    for (const { at, n } of this.heads(rows)) {
-      const P = new Float32Array(n * n)
-      kept.probabilities.push(P)
-      for (let t = 0; t < n; t++) {
-        const row = P.subarray(t * n, t * n + t + 1)
-        const mine = at + t * H
-        let max = -Infinity
-        for (let u = 0; u <= t; u++) {
-          const other = at + u * H
-          let dot = 0
-          for (let i = 0; i < D; i++) dot += q[mine + i] * k[other + i]
-          row[u] = dot / Math.sqrt(D)
-          if (row[u] > max) max = row[u]
-        }
-        let sum = 0
-        for (let u = 0; u <= t; u++) {
-          row[u] = Math.exp(row[u] - max)
-          sum += row[u]
-        }
-        att.fill(0, mine, mine + D)
-        for (let u = 0; u <= t; u++) {
-          row[u] /= sum
-          const other = at + u * H
-          for (let i = 0; i < D; i++) att[mine + i] += row[u] * v[other + i]
-        }
-      }
+    for (const head of this.heads(spans)) {
+      kept.probabilities.push(attention(kept.att, kept, head))
     }
   }
 
-  attendBack({ q, k, v, probabilities }, rows, T) { // dq, dk, dv from datt
-    const { head_dim: D, hidden_size: H } = this.config
+  attendBack(kept, spans, T) { // dq, dk and dv from datt
     const { datt, dq, dk, dv } = this.work
-    for (const d of [dq, dk, dv]) d.fill(0, 0, T * H)
-    let head = 0
-    for (const { at, n } of this.heads(rows)) {
-      const P = probabilities[head++]
-      const dP = new Float32Array(n)
-      for (let t = 0; t < n; t++) {
-        const mine = at + t * H
-        let mean = 0 // of dP, weighted by P: softmax's gradient takes it off
-        for (let u = 0; u <= t; u++) {
-          const other = at + u * H
-          const p = P[t * n + u]
-          let dot = 0
-          for (let i = 0; i < D; i++) {
-            dot += datt[mine + i] * v[other + i]
-            dv[other + i] += p * datt[mine + i]
-          }
-          dP[u] = dot
-          mean += dot * p
-        }
-        for (let u = 0; u <= t; u++) {
-          const other = at + u * H
-          const d = P[t * n + u] * (dP[u] - mean) / Math.sqrt(D)
-          for (let i = 0; i < D; i++) {
-            dq[mine + i] += d * k[other + i]
-            dk[other + i] += d * q[mine + i]
-          }
-        }
-      }
+    for (const d of [dq, dk, dv]) d.fill(0, 0, T * this.config.hidden_size)
+    let i = 0
+    for (const head of this.heads(spans)) {
+      attentionBack({ dq, dk, dv }, datt, kept.probabilities[i++], kept, head)
     }
   }
 
   // --- a layer, forward and backward
 
-  layer(w, kept, rows, T) { // changes work.x
+  layer(w, kept, spans, T) { // changes work.x
     const { hidden_size: H, intermediate_size: I } = this.config
     const { x, dh } = this.work // dh is free until the backward pass
     kept.x.set(x.subarray(0, T * H))
     this.normalize(kept.h1, x, w.norm1, kept.scale1, T)
     for (const name of ['q', 'k', 'v']) this.linear(kept[name], kept.h1, w[name], T)
-    this.rotate(kept.q, rows, 1)
-    this.rotate(kept.k, rows, 1)
-    this.attend(kept, rows)
+    this.rotate(kept.q, spans, 1)
+    this.rotate(kept.k, spans, 1)
+    this.attend(kept, spans)
     this.linear(dh, kept.att, w.o, T)
     for (let i = 0; i < T * H; i++) x[i] += dh[i]
     kept.mid.set(x.subarray(0, T * H))
     this.normalize(kept.h2, x, w.norm2, kept.scale2, T)
     this.linear(kept.gate, kept.h2, w.gate, T)
     this.linear(kept.up, kept.h2, w.up, T)
-    for (let i = 0; i < T * I; i++) {
-      const g = kept.gate[i]
-      kept.act[i] = g / (1 + Math.exp(-g)) * kept.up[i]
-    }
+    gated(kept.act, kept.gate, kept.up, T * I)
     this.linear(dh, kept.act, w.down, T)
     for (let i = 0; i < T * H; i++) x[i] += dh[i]
   }
 
-  layerBack(w, kept, rows, T) { // changes work.d, the gradient of x
+  layerBack(w, kept, spans, T) { // changes work.d, the gradient of x
     const { intermediate_size: I } = this.config
     const { d, dh, dq, dk, dv, datt, dact, dgate, dup } = this.work
     this.linearBack(dact, d, kept.act, w.down, T)
-    for (let i = 0; i < T * I; i++) {
-      const g = kept.gate[i]
-      const s = 1 / (1 + Math.exp(-g))
-      dgate[i] = dact[i] * kept.up[i] * s * (1 + g * (1 - s))
-      dup[i] = dact[i] * g * s
-    }
+    gatedBack(dgate, dup, dact, kept.gate, kept.up, T * I)
     this.linearBack(dh, dgate, kept.h2, w.gate, T)
     this.linearBack(dh, dup, kept.h2, w.up, T, true)
     this.normalizeBack(d, dh, kept.mid, w.norm2, kept.scale2, T)
     this.linearBack(datt, d, kept.att, w.o, T)
-    this.attendBack(kept, rows, T)
-    this.rotate(dq, rows, -1)
-    this.rotate(dk, rows, -1)
+    this.attendBack(kept, spans, T)
+    this.rotate(dq, spans, -1)
+    this.rotate(dk, spans, -1)
     this.linearBack(dh, dq, kept.h1, w.q, T)
     this.linearBack(dh, dk, kept.h1, w.k, T, true)
     this.linearBack(dh, dv, kept.h1, w.v, T, true)
@@ -276,7 +189,7 @@ export class Trainer {
     places.forEach((t, j) => take(last, j, t, x)) // logits only where a token is learned
     this.normalize(normed, last, this.norm, scale, N)
     this.linear(logits, normed, this.embed, N)
-    const loss = this.crossEntropy(wanted, targets)
+    const loss = crossEntropy(logits, wanted, this.config.vocab_size, targets)
     this.linearBack(dnormed, logits, normed, this.embed, N)
     dlast.fill(0, 0, N * H)
     this.normalizeBack(dlast, dnormed, last, this.norm, scale, N)
@@ -289,26 +202,6 @@ export class Trainer {
       for (let i = 0; i < H; i++) this.embed.g[id * H + i] += d[t * H + i]
     })
     return loss
-  }
-
-  crossEntropy(wanted, targets) { // the loss; work.logits become their gradients
-    const { vocab_size: V } = this.config
-    let loss = 0
-    wanted.forEach((id, j) => {
-      const row = this.work.logits.subarray(j * V, (j + 1) * V)
-      let max = -Infinity
-      for (let i = 0; i < V; i++) if (row[i] > max) max = row[i]
-      const right = row[id] - max
-      let sum = 0
-      for (let i = 0; i < V; i++) {
-        row[i] = Math.exp(row[i] - max)
-        sum += row[i]
-      }
-      loss += Math.log(sum) - right
-      for (let i = 0; i < V; i++) row[i] /= sum * targets
-      row[id] -= 1 / targets
-    })
-    return loss / targets
   }
 
   gradient(rows) { // nats a token; leaves the gradients in `trained.gradients`

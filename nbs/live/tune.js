@@ -118,7 +118,8 @@ export class Tuning {
       $('#own').open = true
       return $('#conversations').focus()
     }
-    const rate = Number($('#rate').value) * (ticked('high') ? TOO_HIGH : 1)
+    const [, good] = RATES[chosen('method')]
+    const rate = ticked('high') ? TOO_HIGH * good : Number($('#rate').value)
     const learn = { prompt: ticked('prompt'), stop: !ticked('unstopped') }
     this.settings = { pairs, size: chosen('size'), method: chosen('method'), rate, learn, seed: 0 }
     $('#lab').hidden = false
@@ -131,6 +132,7 @@ export class Tuning {
   }
 
   running() {
+    this.going = true
     $('#start').textContent = 'Start anew'
     $('#start').className = ''
     $('#pause').hidden = false
@@ -138,6 +140,7 @@ export class Tuning {
   }
 
   paused() {
+    this.going = false
     $('#pause').hidden = true
     $('#resume').hidden = false
     const { at, steps } = this
@@ -145,6 +148,7 @@ export class Tuning {
   }
 
   over() {
+    this.going = false
     $('#pause').hidden = true
     $('#resume').hidden = true
   }
@@ -170,21 +174,23 @@ export class Tuning {
     this.at = 0
     this.steps = steps
     this.chart.begin(steps)
-    this.status(`${count(trained)} numbers are trained, in ${steps} steps.`)
+    const { rate, pairs, size } = this.settings
+    this.status(`${count(trained)} numbers learn, in ${steps} steps, at a rate of ${rate}.`)
     announce(`Fine-tuning has begun: ${steps} steps.`)
     $('.which').hidden = false
     $('#answerer').value = 'mine'
+    $('#answerer [value=mine]').textContent
+      = `yours: ${pairs ? `your own ${count(pairs.length)}` : count(Number(size))}`
   }
 
   step({ step, steps, loss, seconds }) {
     this.at = step
     this.chart.add(loss)
+    this.seconds = seconds
+    if (!this.going) return
     const left = seconds / step * (steps - step)
     const rest = step < steps ? `, about ${Math.ceil(left)} more` : ''
-    if ($('#resume').hidden) {
-      this.status(`Step ${step} of ${steps} · loss ${loss.toFixed(2)} · ${seconds.toFixed(0)} s${rest}`)
-    }
-    this.seconds = seconds
+    this.status(`Step ${step} of ${steps} · loss ${loss.toFixed(2)} · ${seconds.toFixed(0)} s${rest}`)
   }
 
   probe({ step, answers }) {
@@ -201,7 +207,7 @@ export class Tuning {
   }
 
   scoring({ done, all }) {
-    this.status(`Trained in ${this.seconds.toFixed(0)} s. Now the test: question ${done} of ${all}`)
+    if (this.going) this.status(`Trained in ${this.seconds.toFixed(0)} s. Now the test: question ${done} of ${all}`)
   }
 
   scored({ rows }) {
@@ -216,15 +222,14 @@ export class Tuning {
     if (lesson !== undefined) {
       bars.push(['lesson', `lesson 01, with ${count(Number(size))}`, lesson, ''])
     }
-    $('#score .bars').replaceChildren(...bars.flatMap(([kind, label, share, more]) => {
+    $('#score .bars').replaceChildren(...bars.map(([kind, label, share, more]) => {
       const fill = make('i')
       fill.style.width = `${share}%`
-      return [make('span', { textContent: label }), make('span', { className: `bar ${kind}` }, fill),
-        make('span', {}, make('b', { textContent: `${share.toFixed(1)} %` }), ` ${more}`)]
+      return make('div', { className: kind }, make('span', { textContent: label }),
+        make('span', { className: 'bar' }, fill),
+        make('span', {}, make('b', { textContent: `${share.toFixed(1)} %` }), ` ${more}`))
     }))
-    $('#score-says').textContent = `It stopped by itself ${stops} times of ${n}. In brackets the `
-      + '95 % interval: sixty questions are few.' + (lesson === undefined ? ''
-        : ' Lesson 01 trains all weights at 0.0003: the mean of three runs, 570 questions.')
+    $('#score-says').textContent = this.remark(stops, n, lesson)
     $('#score tbody').replaceChildren(...rows.map(({ question, said, exact, stopped, right: key }) => (
       make('tr', {}, make('td', { textContent: question }),
         make('td', { className: exact ? '' : 'no', textContent: (exact ? '✓ ' : '✗ ') + said
@@ -233,5 +238,19 @@ export class Tuning {
     this.status(`Done: ${this.steps} steps in ${this.seconds.toFixed(0)} s on your machine. `
       + 'Ask it something above.')
     announce(`Done. ${right} of ${n} questions are right, it stopped ${stops} times.`)
+  }
+
+  remark(stops, n, lesson) {
+    const said = [`It stopped by itself ${stops} times of ${n}.`]
+    const meant = this.settings.learn.stop && this.settings.rate <= Math.max(...RATES.lora)
+    if (stops < n / 2 && meant) {
+      said.push(`${this.steps} steps are few: take more conversations, or a higher rate.`)
+    }
+    said.push('In brackets the 95 % interval: sixty questions are not many.')
+    if (lesson !== undefined) {
+      said.push('Lesson 01 trains all weights at 0.0003; its figure is the mean of three runs, '
+        + 'each tested on 570 questions.')
+    }
+    return said.join(' ')
   }
 }

@@ -59,13 +59,14 @@ export class Talk {
   async ask({ models, tokenizer, questions }, { prompt, way, answerer, pace, ...settings }) {
     const mine = ++this.number
     const text = way === 'few-shot' ? fewShot(questions.shots, prompt) : prompt
+    if (!models[answerer]) throw new Error('There is no model of yours: fine-tune one first.')
     const base = [tokenizer.start, ...tokenizer.encode(text)]
     const answers = [
       new Answer('base', models.base, base, tokenizer, settings),
       new Answer('instruct', models[answerer], tokenizer.prompt(prompt), tokenizer, settings)]
     for (const { who, given } of answers) this.send('given', { who, pieces: given })
     let milliseconds = 0
-    let count = 0
+    let count = answers.reduce((sum, { given }) => sum + given.length, 0) // read or written
     let alive = answers
     while (alive.length > 0 && mine === this.number) {
       for (const answer of alive) {

@@ -30,6 +30,8 @@ export class Tune {
       const tokens = rows[long].ids.length
       throw new Error(`Conversation ${long + 1} has ${tokens} tokens, the model can see ${most}.`)
     }
+    this.run = null // the memory of the last run is free before the next takes its own
+    models.mine = null
     const trainer = new Trainer(config, tensors, kernel, { method, seed })
     models.mine = new Llama(config, trainer.tensors(), trainer.kernel) // shares its weights
     const plan = batches(rows, { dice: random(seed) })

@@ -9,7 +9,6 @@ import { Talk } from './worker-talk.js'
 import { Tune } from './worker-tune.js'
 
 const send = (type, more = {}) => postMessage({ type, ...more })
-const store = new Store((got, all) => send('progress', { got, all }))
 
 async function loadKernel() { // null where WASM SIMD is missing
   const response = await fetch(new URL('kernel.wasm', import.meta.url))
@@ -21,6 +20,16 @@ async function loadKernel() { // null where WASM SIMD is missing
 }
 
 async function load() {
+  let over = false
+  const store = new Store((got, all) => over || send('progress', { got, all }))
+  try {
+    return await loadFrom(store)
+  } finally {
+    over = true // what still comes in, after an error, is no news
+  }
+}
+
+async function loadFrom(store) {
   await store.open()
   const [kernel, config, file, tokenizerConfig, weights, adapter, adapterConfig, questions]
     = await Promise.all([loadKernel(), store.json('config.json'), store.json('tokenizer.json'),
