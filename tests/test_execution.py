@@ -442,7 +442,8 @@ else:
 for x in (None, True, 1, 10 ** 5000, 1.5, 2j, "s\\ud800", b"b", (1, [2, {3}]), {4: {"a": 5}},
           range(3), frozenset({1}), bytearray(b"x"), float("inf"), slice(1, 2)):
     assert f(x) == x and type(f(x)) is type(x)""", None),
-    "one that removes itself": ("def f(x):\n    globals().pop('f', None)\n    return x + 1", CHECK, "f"),
+    "one that removes itself": ("def f(x):\n    globals().pop('f', 0)\n    return x + 1", CHECK,
+                                "f"),
     "threads": ("from concurrent.futures import ThreadPoolExecutor as Pool\nwith Pool(4) as pool:\n"
                 "    n = sum(pool.map(abs, [1, -1]))\ndef f(x): return x + n - 1", CHECK, "f"),
     "files of its own": ("open('a', 'w').write('1')\n"
