@@ -6,13 +6,17 @@ import json
 import statistics
 
 import pytest
+import torch
 
 from sftlab.study import bench
-from sftlab.study.bench import KNOWN_MISSES, LENGTHS, bench_data, bench_lora, bench_nf4
-from sftlab.study.bench import bench_training, generated_rows, in_turn, parts, surprises, table
-from sftlab.study.bench import targets
+from sftlab.study.bench import (
+    KNOWN_MISSES, LENGTHS, LIMIT, bench_data, bench_lora, bench_moving, bench_nf4, bench_packed,
+    bench_packing, bench_training, by_processor, generated_rows, in_turn, parts, some_lengths, surprises, table,
+    targets)
 
 WAYS = {"sftlab", "sftlab, plain", "TRL", "TRL, padding_free"}
+PACKED_SECONDS = {"sftlab, packed": [1.0] * 3, "TRL": [3.0] * 3, "TRL, padding_free": [2.0] * 3,
+                  "TRL, packing": [1.5] * 3}
 
 
 @pytest.mark.slow
@@ -75,6 +79,80 @@ def test_nf4_is_the_same_to_the_bit(monkeypatch):
     assert bench_nf4(size=128, rounds=1)["dequantise"]["same"] is False
 
 
+KINDS = ["as Alpaca's", "uniform", "log-normal", "short and long"]
+
+
+def test_packing_is_the_same_rows_and_tokens(monkeypatch):
+    kinds = some_lengths(400)
+    assert [*kinds] == KINDS and kinds == some_lengths(400) != some_lengths(400, seed=1)
+    for lengths in kinds.values():
+        assert len(lengths) == 400 and 2 <= min(lengths) and max(lengths) <= LIMIT
+        chosen, moved = bench_packing(lengths, rounds=1), bench_moving(lengths, rounds=1)
+        for figures in (chosen, moved):
+            assert figures["same"] and figures["documents"] == 400
+            assert figures["tokens"] == sum(lengths) <= LIMIT * figures["rows"]
+            assert {*figures["seconds"]} == {"sftlab", "TRL"}
+            assert all(len(seconds) == 1 for seconds in figures["seconds"].values())
+        assert chosen["rows"] == moved["rows"]
+    few = kinds["log-normal"][:50]
+    real, real_rows = bench.pack, bench.pack_rows
+    monkeypatch.setattr(bench, "pack", lambda *a: [row[::-1] for row in real(*a)])  # the control
+    assert bench_packing(few, rounds=1)["same"] is False
+    monkeypatch.setattr(bench, "pack_rows", lambda *a: (real_rows(*a)[0][::-1], {}))
+    assert bench_moving(few, rounds=1)["same"] is False
+    monkeypatch.setattr(bench, "pack", lambda *a: real(*a)[1:])
+    monkeypatch.setattr(bench, "pack_rows", lambda *a: (real_rows(*a)[0][1:], {}))
+    for fewer in (bench_packing, bench_moving):
+        with pytest.raises(AssertionError):
+            fewer(few, rounds=1)
+
+
+@pytest.mark.slow
+def test_training_on_packed_rows_is_the_same_work(monkeypatch):
+    figures = bench_packed(n=12, rounds=0)
+    assert figures["losses_apart"] < 1e-5 and figures["steps"]["TRL, packing"] > 1
+    assert {*figures["seconds"]} == {*figures["held_out"]} == {*PACKED_SECONDS}
+    held_out = figures["held_out"]
+    assert held_out["sftlab, packed"] == pytest.approx(held_out["TRL, packing"], rel=1e-5)
+    assert held_out["TRL"] == pytest.approx(held_out["TRL, padding_free"], rel=1e-5)
+    assert max(held_out.values()) < figures["held_out_before"]
+    assert figures["not_apart"] == {"TRL": 0, "TRL, padding_free": 0, "TRL, packing": 0}
+    real = bench.trl_trainer
+    def with_a_leak(folder, tokenizer, rows, **more):
+        trainer = real(folder, tokenizer, rows, **more)
+        collate = trainer.data_collator
+        def of_ones(rows):
+            batch = collate(rows)
+            return dict(batch, attention_mask=torch.ones_like(batch["input_ids"]))
+        if more.get("packing"):
+            trainer.data_collator = of_ones
+        return trainer
+    monkeypatch.setattr(bench, "trl_trainer", with_a_leak)  # the control
+    figures = bench_packed(n=12, rounds=0)
+    assert figures["losses_apart"] > 1e-4
+    assert [name for name, n in figures["not_apart"].items() if n] == ["TRL, packing"]
+
+
+def test_processor_time_is_measured_with_one_thread(monkeypatch):
+    seen = []
+    def measured(*args, **more):
+        seen.append((torch.get_num_threads(), more.get("desc")))
+        return len(seen)
+    monkeypatch.setattr(bench, "some_lengths", lambda n: {kind: [n] for kind in KINDS})
+    monkeypatch.setattr(bench, "bench_packing", measured)
+    monkeypatch.setattr(bench, "bench_moving", measured)
+    monkeypatch.setattr(bench, "bench_packed", measured)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = by_processor()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [*((1, f"packing, {kind}") for kind in KINDS), (1, None), (1, None)]
+    assert found == dict(packing=dict(zip(KINDS, (1, 2, 3, 4))), moving=5, packed=6)
+
+
 def test_ways_take_turns_and_the_first_round_does_not_count():
     calls = []
     def way(name):
@@ -119,11 +197,22 @@ GOOD = dict(
     lora=dict(tokens=1000, seconds={"sftlab": [1.0] * 3, "PEFT": [1.1] * 3}, losses_apart=0.0),
     nf4={name: dict(weights=4e6, same=True,
                     seconds={"sftlab": [2.0] * 3, "bitsandbytes": [1.0] * 3})
-         for name in ("quantise", "dequantise")})
+         for name in ("quantise", "dequantise")},
+    packing={"some lengths": dict(documents=4000, tokens=9000, rows=20, same=True,
+                                  seconds={"sftlab": [1.0] * 3, "TRL": [2.0] * 3})},
+    moving=dict(documents=4000, tokens=9000, rows=20, same=True,
+                seconds={"sftlab": [3.0] * 3, "TRL": [2.5] * 3}),
+    packed=dict(tokens=1000, seconds=PACKED_SECONDS, losses_apart=1e-7,
+                held_out={name: 1.0 for name in PACKED_SECONDS}, held_out_before=1.2,
+                not_apart={"TRL": 0, "TRL, packing": 0}))
 
 
 def data_of(results):
     return results["data"]["some rows"]
+
+
+def lengths_of(results):
+    return results["packing"]["some lengths"]
 
 
 SPOILT = [
@@ -143,6 +232,24 @@ SPOILT = [
      ["LoRA: losses as PEFT's, within 1e-5"]),
     (lambda r: r["nf4"]["quantise"].update(same=False),
      ["NF4, quantise: as bitsandbytes', to the bit"]),
+    (lambda r: lengths_of(r)["seconds"].update(TRL=[0.9] * 3),
+     ["packing, some lengths: at least 1.0 times as fast as TRL"]),
+    (lambda r: lengths_of(r).update(same=False), ["packing, some lengths: rows as TRL's"]),
+    (lambda r: r["moving"]["seconds"].update(TRL=[1.9] * 3),
+     ["packing with tokens: at most 1.5 times TRL's time"]),
+    (lambda r: r["moving"].update(same=False), ["packing with tokens: rows and tokens as TRL's"]),
+    (lambda r: r["packed"]["seconds"].update(TRL=[2.4] * 3),
+     ["packed: at least 2.5 times the tokens a second of TRL"]),
+    (lambda r: r["packed"]["seconds"].update({"TRL, padding_free": [1.7] * 3}),
+     ["packed: at least 1.8 times the tokens a second of TRL, padding_free"]),
+    (lambda r: r["packed"]["seconds"].update({"TRL, packing": [1.1] * 3}),
+     ["packed: at least 1.2 times the tokens a second of TRL, packing"]),
+    (lambda r: r["packed"].update(losses_apart=float("nan")),
+     ["packed: losses as TRL's packing, within 1e-4"]),
+    (lambda r: r["packed"]["held_out"].update(TRL=0.97),
+     ["packed: held-out loss as TRL's other ways, within 2 %"]),
+    (lambda r: r["packed"]["not_apart"].update({"TRL, packing": 1}),
+     ["packed: documents kept apart"]),
 ]
 
 
@@ -158,6 +265,8 @@ def test_a_missed_target_is_told(spoil, missed, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "bench_data", lambda rows, desc: results["data"]["some rows"])
     monkeypatch.setattr(bench, "bench_lora", lambda: results["lora"])
     monkeypatch.setattr(bench, "bench_nf4", lambda: results["nf4"])
+    monkeypatch.setattr(bench, "by_processor",
+                        lambda: {name: results[name] for name in ("packing", "moving", "packed")})
     if missed:
         with pytest.raises(SystemExit) as left:
             bench.main()
@@ -175,7 +284,11 @@ def test_the_table_gives_speeds():
     weights = table(GOOD["nf4"]["quantise"])
     assert weights.loc["sftlab", "median"] == 2 and weights.index.name == "million weights a second"
     assert [*parts(GOOD)] == ["training the tiny model", "data: some rows", "training an adapter",
-                              "NF4, quantise", "NF4, dequantise"]
+                              "NF4, quantise", "NF4, dequantise", "packing: some lengths",
+                              "packing with tokens", "training on packed rows"]
+    documents = table(lengths_of(GOOD))
+    assert documents.loc["TRL", "median"] == 2
+    assert documents.index.name == "thousand documents a second"
 
 
 # --- the kept run, and what it missed
@@ -189,6 +302,13 @@ def figures_of(results, target):
     "The figures of one benchmark that a target is about, and the way that is compared with ours."
     if target.asked.startswith("training"):
         return results["training"], "TRL"
+    if target.asked.startswith("packed"):
+        return results["packed"], target.asked.split(" a second of ")[1]
+    if target.asked.startswith("packing with tokens"):
+        return results["moving"], "TRL"
+    if target.asked.startswith("packing"):
+        kind = target.asked.removeprefix("packing, ").rsplit(": ", 1)[0]
+        return results["packing"][kind], "TRL"
     name = target.asked.removeprefix("data, ").rsplit(": ", 1)[0]
     return results["data"][name], "bare tokeniser" if target.at_most else "TRL"
 
@@ -201,6 +321,8 @@ def change_speed(results, target, better):
 
 def test_the_kept_run_missed_what_is_listed_and_no_more(kept):
     assert kept["data"]["10,000 generated rows"]["rows"] == 10_000
+    assert [*kept["packing"]] == KINDS
+    assert all(figures["documents"] == 100_000 for figures in kept["packing"].values())
     assert {"machine", "threads", "versions"} < set(kept)
     assert surprises(kept) == []
 
@@ -221,7 +343,7 @@ def test_an_invented_miss_is_rejected(kept):
     assert len(fast) >= 2 and len(met) > len(fast)
     for target in fast:
         spoilt = copy.deepcopy(kept)
-        change_speed(spoilt, target, 0.5)
+        change_speed(spoilt, target, 0.4)
         assert any(said.startswith(f"{target.asked}: ") and "no known miss" in said
                    for said in surprises(spoilt)), target.asked
     spoilt = copy.deepcopy(kept)
@@ -230,6 +352,11 @@ def test_an_invented_miss_is_rejected(kept):
         figures["same"]["labels"] = False
     for figures in spoilt["nf4"].values():
         figures["same"] = False
+    for figures in (spoilt["moving"], *spoilt["packing"].values()):
+        figures["same"] = False
+    packed = spoilt["packed"]
+    packed["losses_apart"], packed["held_out"]["TRL"] = 1e-3, 9.0
+    packed["not_apart"]["TRL, packing"] = 1
     assert len(surprises(spoilt)) == len(met) - len(fast)
 
 
