@@ -11,8 +11,8 @@ import torch
 from sftlab.study import bench
 from sftlab.study.bench import (
     KNOWN_MISSES, LENGTHS, LIMIT, bench_data, bench_lora, bench_moving, bench_nf4, bench_packed,
-    bench_packing, bench_training, by_processor, generated_rows, in_turn, parts, some_lengths, surprises, table,
-    targets)
+    bench_packing, bench_training, by_processor, generated_rows, in_turn, parts, some_lengths,
+    surprises, table, targets)
 
 WAYS = {"sftlab", "sftlab, plain", "TRL", "TRL, padding_free"}
 PACKED_SECONDS = {"sftlab, packed": [1.0] * 3, "TRL": [3.0] * 3, "TRL, padding_free": [2.0] * 3,
