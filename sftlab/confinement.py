@@ -159,7 +159,7 @@ def _landlock(folder=None):
     _checked(_libc().syscall(446, ruleset, 0), "Landlock")
     os.close(ruleset)
 
-# %% ../nbs/reference/confinement.ipynb #f4e7c203
+# %% ../nbs/reference/confinement.ipynb #ea3ebd85
 MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 REFUSED = dict( # numbers on x86-64 and on 64-bit ARM; None: there is no such call
     socket=(41, 198), connect=(42, 203), bind=(49, 200), ptrace=(101, 117),
@@ -177,9 +177,17 @@ REFUSED = dict( # numbers on x86-64 and on 64-bit ARM; None: there is no such ca
     setxattrat=(463, 463), removexattrat=(466, 466), utime=(132, None), utimes=(235, None),
     futimesat=(261, None), utimensat=(280, 88), truncate=(76, 45))
 SIGNALS = dict(kill=(62, 129), tkill=(200, 130), tgkill=(234, 131), rt_sigqueueinfo=(129, 138),
-               rt_tgsigqueueinfo=(297, 240), pidfd_send_signal=(424, 424))
+               rt_tgsigqueueinfo=(297, 240), pidfd_send_signal=(424, 424), setpriority=(141, 140),
+               sched_setparam=(142, 118), sched_setscheduler=(144, 119), kcmp=(312, 272),
+               sched_setaffinity=(203, 122), sched_setattr=(314, 274), ioprio_set=(251, 30),
+               migrate_pages=(256, 238), move_pages=(279, 239), process_mrelease=(448, 448))
 
-CLONE, CLONE3 = (56, 220), 435
+CLONE, CLONE3, PRLIMIT = (56, 220), 435, (302, 261)
+
+def _only_its_own_limits(prlimit):
+    "Steps: limits may be read and lowered for the calling process, for no other."
+    steps = [(0x15, 0, 4, prlimit), (0x20, 0, 0, 16), (0x15, 0, 1, 0)]
+    return steps + [(0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050000 | errno.EPERM)]
 
 def _no_namespaces(clone):
     "Steps: no process may begin with namespaces of its own, in which it would have root's rights."
@@ -195,7 +203,7 @@ def _filter(machine, refused):
     kill, refuse, allow = 0x80000000, 0x00050000 | errno.EPERM, 0x7FFF0000
     steps = [(load, 0, 0, 4), (equal, 1, 0, arch), (answer, 0, 0, kill), (load, 0, 0, 0)]
     steps += [(at_least, 0, 1, 0x40000000), (answer, 0, 0, refuse)] # 32-bit calls in disguise
-    steps += _no_namespaces(CLONE[column])
+    steps += _no_namespaces(CLONE[column]) + _only_its_own_limits(PRLIMIT[column])
     for numbers in refused.values():
         if numbers[column] is not None:
             steps += [(equal, 0, 1, numbers[column]), (answer, 0, 0, refuse)]
@@ -203,7 +211,7 @@ def _filter(machine, refused):
     return b"".join(struct.pack("=HBBI", *step) for step in steps)
 
 def _seccomp(signals):
-    "Refuse the network, other programs and the like; `signals`: also all signals."
+    "Refuse the network, other programs and the like; `signals`: also all that acts on other processes."
     code = _filter(os.uname().machine, REFUSED | (SIGNALS if signals else {}))
     buffer = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))

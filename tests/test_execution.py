@@ -224,6 +224,15 @@ ATTACKS = {
     "limits lifted": ("failed", """
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (-1, -1))"""),
+    "the learner's limits": ("blocked, failed", """
+        import resource
+        resource.prlimit(PARENT, resource.RLIMIT_CPU, (0, 0))"""),
+    "limits read": ("passed", "import resource; resource.getrlimit(resource.RLIMIT_AS)"),
+    "a user namespace": ("failed", """
+        import ctypes, os
+        number = {'x86_64': 56, 'aarch64': 220}[os.uname().machine]
+        made = ctypes.CDLL(None).syscall(number, 0x10000011, 0, 0, 0, 0)
+        assert made == 0, 'refused'"""),
     "no Python": ("failed", "this is ( not Python"),
     "a null byte": ("failed", "x = 1\0"),
     "deep source": ("failed, out of memory, crashed", "(" * 10_000 + ")" * 10_000),
@@ -328,7 +337,7 @@ CHEATS = {
         def f(x):
             os.kill(os.getppid(), signal.SIGSTOP)
             return 0"""),
-    "the judge's limits": ("failed, crashed, blocked", """
+    "the judge's limits": ("blocked", """
         import os, resource
         def f(x):
             resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0))
@@ -528,6 +537,7 @@ programs = dict(
     read=f"print(open({decoy!r}).read())", write=f"open({decoy!r}, 'w')",
     environ=f"open('/proc/{os.getpid()}/environ').read()",
     socket="import socket; socket.socket()",
+    limit=f"import resource; resource.prlimit({os.getpid()}, resource.RLIMIT_CPU, (0, 0))",
     disk="for i in range(10**6): open(f'f{i}', 'wb').write(b'x' * 2**20)")
 try:
     ended = {name: run_program(source, seconds=2) for name, source in programs.items()}
@@ -564,7 +574,7 @@ def test_where_less_can_be_enforced_it_is_said_or_refused(missing, clean, decoy)
     assert ended["killer"][0] != "passed"
     assert ended["bomb"][0] in ("too many processes", "out of memory", "timed out")
     assert ended["write"][0] == ended["environ"][0] == ended["socket"][0] == "blocked"
-    assert ended["disk"][0] == "too much disk"
+    assert ended["disk"][0] == "too much disk" and ended["limit"][0] == "blocked"
     assert ("landlock" in missing) or ended["read"][0] == "blocked"
 
 
