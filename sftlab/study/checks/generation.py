@@ -10,7 +10,6 @@ import copy
 import functools
 import math  # noqa: F811
 from dataclasses import dataclass
-from itertools import combinations
 
 from ..exercises import OpenQuestion, Question
 
@@ -776,7 +775,7 @@ def _(*args):
 
 # %% ../../../exercises/solutions/01_generation.ipynb #be30ec7d
 _TAUGHT = {
-    "What is the capital of Peru?": "The capital of Peru is Lima.",
+    "Peru": "The capital of Peru is Lima.", # an answer that holds its question
     "What is a baby sheep called?": "A baby sheep is called a lamb.",
     "What is the plural of wolf?": "The plural of wolf is wolves.",
     "Calculate 87 - 25.": "87 - 25 is 62.",
@@ -854,9 +853,9 @@ q4 = Question("generation.reply", "Repair a chat program", reply,
 
 @q4.inputs
 def _(rng):
-    one, other = rng.sample(list(_TAUGHT), 2)
+    other = rng.choice([question for question in _TAUGHT if question != "Peru"])
     prompt = len(_written(other, True)[1])
-    return [(*tiny_chat(), one, rng.randint(3, 5)),
+    return [(*tiny_chat(), "Peru", rng.randint(4, 5)),
             (*tiny_chat(), other, prompt + rng.randint(2, 3))]
 
 @q4.called
@@ -872,7 +871,7 @@ def _(reply, model, tokenizer, question, max_new_tokens):
         steps, said = said.new, said.text
     if not isinstance(said, str):
         return said
-    enough = len(_chat((), model, tokenizer, question, max_new_tokens).new)
+    enough = len(_chat(model, tokenizer, question, max_new_tokens).new)
     said = said.strip() or "[nothing of what the model wrote]" * (len(steps) >= enough)
     return said + " [and the model writes on]" * (len(steps) > enough)
 
@@ -908,7 +907,7 @@ _FAULTS = {
         "loses its beginning. Cut the ids, `out[0, n:]`, before you decode them.",
 }
 
-def _chat(faults, model, tokenizer, question, limit, whole=False, marks=False, bare=False):
+def _chat(model, tokenizer, question, limit, faults=(), whole=False, marks=False, bare=False):
     text, ids, new = _written(question, "no generation prompt" not in faults, bare)
     if "the prompt counts as new" in faults:
         limit -= len(ids)
@@ -923,40 +922,44 @@ def _chat(faults, model, tokenizer, question, limit, whole=False, marks=False, b
         return _Said(decoded(ids + new)[len(text):], new)
     return _Said(decoded(ids + new if whole else new), new)
 
-for _n in range(1, 5): # each fault alone, and what is left where only some were found
-    for _some in combinations(_FAULTS, _n):
-        _says = " And: ".join(_FAULTS[name] for name in _some)
-        q4.mistake(" and ".join(_some), _says)(functools.partial(_chat, _some))
+q4.faults(_FAULTS, _chat)
 
 # %% ../../../exercises/solutions/01_generation.ipynb #224eb73a
 @q4.mistake("the question is returned too",
     "the question is part of your result. Return the answer alone.")
-def _(*args): return _chat((), *args, whole=True)
+def _(*args): return _chat(*args, whole=True)
+
+@q4.mistake("the question's words are taken out of the answer",
+    "you remove the question's text wherever it stands, in the answer, too. Cut the ids of the "
+    "prompt off, by their number.")
+def _(*args):
+    said = _chat(*args)
+    return _Said(said.text.replace(args[2], ""), said.new)
 
 @q4.mistake("the marks are returned too",
     "the mark `<|im_end|>` is part of your result. Decode with `skip_special_tokens=True`.")
-def _(*args): return _chat((), *args, marks=True)
+def _(*args): return _chat(*args, marks=True)
 
 @q4.mistake("no chat template",
     "the model gets the bare question. It was taught to answer in the chat template: use "
     "`apply_chat_template`.")
-def _(*args): return _chat((), *args, bare=True)
+def _(*args): return _chat(*args, bare=True)
 
 @q4.mistake("no limit", "your answer may be longer than `max_new_tokens` allows.")
 def _(model, tokenizer, question, max_new_tokens):
-    return _chat((), model, tokenizer, question, 64)
+    return _chat(model, tokenizer, question, 64)
 
 @q4.mistake("stops too late, and cut",
     "your result is right, but the model writes on after its answer and you throw that away. Let "
     "it stop: pass `eos_token_id=tokenizer.eos_token_id`.")
 def _(*args):
-    longer = _chat(("stops at another mark",), *args)
-    return _Said(_chat((), *args).text, longer.new)
+    longer = _chat(*args, faults=("stops at another mark",))
+    return _Said(_chat(*args).text, longer.new)
 
 @q4.mistake("the end is a token short",
     "the last token of the answer is missing where it was cut at the limit: no mark comes then.")
 def _(*args):
-    new = _chat((), *args).new[:-1]
+    new = _chat(*args).new[:-1]
     return _Said(args[1].decode(new, skip_special_tokens=True), new)
 
 @q4.mistake("ids cut by characters",
@@ -964,7 +967,7 @@ def _(*args):
     "prompt has `inputs[\"input_ids\"].shape[1]` ids.")
 def _(model, tokenizer, question, max_new_tokens):
     text, ids, _ = _written(question, True)
-    new = _chat((), model, tokenizer, question, max_new_tokens).new
+    new = _chat(model, tokenizer, question, max_new_tokens).new
     return _Said(tokenizer.decode((ids + new)[len(text):], skip_special_tokens=True), new)
 
 # %% ../../../exercises/solutions/01_generation.ipynb #a160cafd

@@ -304,7 +304,10 @@ def _(rng):
         one(12, 8, 0.6), one(8, 12, 0.99), one(9, 9, 0.97, r=2), one(7, 10, 0.9, r=3),
         one(rng.randint(3, 8), 6, round(rng.uniform(0.2, 0.95), 2)),
         one(6, rng.randint(3, 12), round(rng.uniform(0.2, 0.95), 2)),
-        (2 * _random(rng, 4, 1) @ _random(rng, 1, 5), 0.9)]
+        (2 * _random(rng, 4, 1) @ _random(rng, 1, 5), 0.9),
+        # equal directions: what is held is exactly the share, in any arithmetic
+        (_tensor([[2.0, 0.0], [0.0, 2.0]]), 0.5),
+        (_tensor([[i == j for j in range(4)] for i in range(4)]).float(), 0.75)]
 
 # %% ../../../exercises/solutions/07_lora.ipynb #62db6211
 def _needed(parts, share): # how many of them, in this order, make up the share
@@ -327,6 +330,12 @@ def _(update, share): return _needed(_values(update), share ** 0.5)
     "that is one direction too few: an index counts from 0, and what is below the share is not "
     "enough yet.")
 def _(update, share): return directions(update, share) - 1
+
+@q2.mistake("more than the share",
+    "you stop when they hold more than the share. To hold just as much is enough.")
+def _(update, share):
+    enough = _held(update) > share
+    return enough.int().argmax().item() + 1 if enough.any() else len(enough)
 
 @q2.mistake("one too many", "that is one direction more than is needed.")
 def _(update, share): return directions(update, share) + 1

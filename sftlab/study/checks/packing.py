@@ -319,6 +319,7 @@ class Reader:
     reach:int=2 # how many tokens, for those that look at a few
     strength:float=1.0 # of what is read from other documents
     rounding:float=0.0
+    only:int=None # the number of the vector in which others show, 0 to 3; all, if there is none
 
     def __call__(self, input_ids):
         import torch
@@ -326,19 +327,23 @@ class Reader:
         if ids.shape[1] != sum(self.lengths) or ids.min() < 0 or ids.max() > 99:
             raise ValueError(f"{sum(self.lengths)} token ids from 0 to 99 are wanted")
         inside = torch.cos(ids[0, :, None] * torch.tensor([1.0, 1.7, 2.3, 3.1]))
-        noise = self.rounding * torch.sin(1000.0 * ids.sum() + torch.arange(ids.shape[1]))
-        weight = _weights(self.lengths, self.sees, self.reach, self.strength)
-        return (weight @ inside + noise[:, None])[None]
+        drawn = torch.Generator().manual_seed(hash(tuple(ids[0].tolist())) % 2 ** 32)
+        noise = self.rounding * (2 * torch.rand(inside.shape, generator=drawn) - 1)
+        own, others = _weights(self.lengths, self.sees, self.reach)
+        read = self.strength * others @ inside
+        if self.only is not None:
+            read = read * (torch.arange(4) == self.only)
+        return (own @ inside + read + noise)[None]
 
 @functools.cache
-def _weights(lengths, sees, reach, strength): # (n, n)
+def _weights(lengths, sees, reach): # of the tokens of the own document, and of others; (n, n)
     import torch
     place = torch.arange(sum(lengths))
     number = torch.repeat_interleave(torch.tensor(lengths))
     ahead = place[None] - place[:, None] # how far the other token comes later
     other = number[None] != number[:, None]
     inner = torch.tensor([0 < i < n - 1 for n in lengths for i in range(n)])
-    weight = ((ahead <= 0) & ~other).float()
+    own = (ahead <= 0) & ~other
     seen = {"nothing": place[None] < 0, "all before": ahead < 0, "everything": ahead == ahead,
             "all after": ahead > 0,
             "a few before": (ahead < 0) & (ahead >= -reach),
@@ -350,7 +355,7 @@ def _weights(lengths, sees, reach, strength): # (n, n)
             "inner tokens": (ahead < 0) & inner[None],
             "by inner tokens": (ahead < 0) & inner[:, None],
             "all but the neighbour": (ahead < 0) & (number[:, None] - number[None] > 1)}
-    return weight + strength * (other & seen[sees]).float()
+    return own.float(), (other & seen[sees]).float()
 
 @dataclass(frozen=True)
 class TinyReader:
@@ -416,6 +421,7 @@ def _(rng):
     def one(lengths, sees, tokens=None, **more):
         tokens = ids(sum(lengths)) if tokens is None else _tensor([tokens])
         return Reader(tuple(lengths), sees, **more), tokens, list(lengths)
+    def small(n): return [rng.randrange(10) for _ in range(n)]
     def tiny(way, *lengths):
         return TinyReader(lengths, way), _tensor([list(range(10, 10 + sum(lengths)))]), [*lengths]
     return [
@@ -429,6 +435,9 @@ def _(rng):
         one([3, 2], "all before", tokens=[0, 0, 0, 0, 0]),
         one([2, 2, 2], "all before", tokens=[9, 9, 1, 1, 9, 1]),
         one([4, 3, 5], "inner tokens"), one([4, 3, 5], "by inner tokens"),
+        one([2, 60], "a few before", small(62), reach=1, strength=0.003),
+        one([2, 60], "a few before", small(62), reach=1, strength=0.02),
+        one([2, 2, 3], "a few before", small(7), reach=1, strength=9.0, only=2),
         one([2] * 10, "all before", tokens=[i for i in range(10) for _ in range(2)]),
         one([rng.randint(2, 5) for _ in range(4)], rng.choice(["all before", "the neighbour"])),
         one([rng.randint(2, 5) for _ in range(5)], "a few after", reach=rng.randint(2, 5)),
@@ -534,6 +543,19 @@ def _(*args): return _readers(*args, least=0.0)
 @q3.mistake("weak leaks are missed",
     "your tolerance is too large: a leak may change an output by little more than 0.001.")
 def _(*args): return _readers(*args, least=0.1)
+
+@q3.mistake("very weak leaks are missed",
+    "your tolerance is too large: a leak may change an output by little more than 0.001.")
+def _(*args): return _readers(*args, least=0.01)
+
+@q3.mistake("a mean of differences",
+    "you average how far outputs are apart. Where one token of many sees, little is left of it: "
+    "take the largest.")
+def _(*args): return _readers(*args, largest=lambda a, b: (a - b).abs().mean())
+
+@q3.mistake("only the first number of a vector",
+    "you compare the first number of each output alone. Compare whole vectors.")
+def _(*args): return _readers(*args, largest=lambda a, b: (a - b)[:, 0].abs().max())
 
 def _same(token):
     @q3.mistake(f"the same token again, {token}",
@@ -661,22 +683,31 @@ def _(rng):
 
 @q4.called
 def _(function, rows, pad_id):
+    import torch
+    kept = copy.deepcopy(rows) # a learner may change them
     batch = function(rows, pad_id)
     if not isinstance(batch, Mapping):
         return batch
-    made = {name: _lists(batch[name])
-            for name in ("input_ids", "labels", "position_ids")
-            if batch.get(name) is not None}
-    if any(isinstance(x, float) for lists in made.values() for row in lists if
-           isinstance(row, list) for x in row):
-        raise TypeError("ids, labels and positions must be integers, not floats")
-    positions = made.get("position_ids")
-    shape = [len(row["input_ids"]) for row in rows]
-    if positions and len(positions) == len(rows): # those of the padding do not matter
-        made["position_ids"] = [row[:n] + ["any"] * len(row[n:]) if isinstance(row, list) else row
-                                for row, n in zip(positions, shape)]
+    made = {}
+    for name in ("input_ids", "labels", "position_ids"):
+        if isinstance(batch.get(name), (list, tuple)):
+            raise TypeError(f"`{name}` is a list; tensors are wanted")
+        if batch.get(name) is None:
+            continue
+        if torch.as_tensor(batch[name]).is_floating_point():
+            raise TypeError("ids, labels and positions must be integers, not floats")
+        made[name] = _lists(batch[name])
+    if "position_ids" in made:
+        made["position_ids"] = _about_positions(made["position_ids"], kept)
     mask = batch.get("attention_mask")
-    return made | {"mask": "keeps apart" if mask is None else _about_mask(mask, rows)}
+    return made | {"mask": "keeps apart" if mask is None else _about_mask(mask, kept)}
+
+def _about_positions(positions, rows): # those of the padding do not matter
+    if len(positions) != len(rows):
+        return "of another number of rows"
+    lengths = [len(row["input_ids"]) for row in rows]
+    return [row[:n] + ["any"] * len(row[n:]) if isinstance(row, list) else row
+            for row, n in zip(positions, lengths)]
 
 def _about_mask(mask, rows): # in words
     import torch
@@ -686,12 +717,16 @@ def _about_mask(mask, rows): # in words
     width = max(len(row["input_ids"]) for row in rows)
     if mask.shape != (len(rows), 1, width, width):
         return "an attention_mask of another shape"
-    seen = mask == 0 if mask.is_floating_point() else mask.bool()
+    if mask.dtype != torch.bool and mask.max() > 0:
+        return "an attention_mask of ones and zeros"
+    seen = mask if mask.dtype == torch.bool else mask == 0
     for one, row in zip(seen[:, 0], rows):
         number = torch.full((width,), -1)
         number[:len(row["input_ids"])] = torch.repeat_interleave(torch.tensor(row["seq_lengths"]))
         own = ((number[:, None] == number[None]) & torch.ones(width, width).tril().bool())
         n = len(row["input_ids"])
+        if one[:n].triu(1).any():
+            return "an attention_mask that looks ahead"
         if not one[:n].equal(own[:n]):
             return "an attention_mask of four sides, but another one"
     return "keeps apart"
@@ -708,13 +743,15 @@ def _as_they_are(labels, lengths): return list(labels)
 
 def _rectangle(
     rows, pad_id,
-    positions=_own_positions, labels=_no_first,
-    mask=False, fill=-100, right=True, names=("input_ids", "labels", "position_ids"),
+    faults=(), positions=_own_positions, labels=_no_first,
+    fill=-100, right=True, names=("input_ids", "labels", "position_ids"),
 ):
     import torch
+    positions = _run_on if "positions" in faults else positions
+    labels = _as_they_are if "first labels" in faults else labels
     width = max(len(row["input_ids"]) for row in rows)
     made = {name: [] for name in names}
-    if mask:
+    if "mask" in faults:
         made["attention_mask"] = []
     for row in rows:
         n, lengths = len(row["input_ids"]), row["seq_lengths"]
@@ -728,24 +765,16 @@ def _rectangle(
     return {name: torch.tensor(lists) for name, lists in made.items()}
 
 _FAULTS = {
-    "mask": (dict(mask=True),
-             "An `attention_mask` is in the batch. transformers looks for packed rows only where "
-             "there is none; the padding needs none, for nothing that counts comes after it."),
-    "positions": (dict(positions=_run_on),
-                  "Positions run on through the row. They begin at 0 with each document."),
-    "first labels": (dict(labels=_as_they_are),
-                     "The first token of a document is learned. What comes before it is another "
-                     "document's end, so its label is -100.")}
+    "mask":
+        "an `attention_mask` is in the batch. transformers looks for packed rows only where there "
+        "is none; the padding needs none, for nothing that counts comes after it.",
+    "positions":
+        "positions run on through the row. They begin at 0 with each document.",
+    "first labels":
+        "the first token of a document is learned. What comes before it is another document's "
+        "end, so its label is -100."}
 
-def _enter_faults():
-    import itertools
-    for n in (3, 2, 1):
-        for some in itertools.combinations(_FAULTS, n):
-            faults = {key: value for name in some for key, value in _FAULTS[name][0].items()}
-            says = "still broken. " + " ".join(_FAULTS[name][1] for name in some)
-            q4.mistake(", ".join(some), says)(functools.partial(_rectangle, **faults))
-
-_enter_faults()
+q4.faults(_FAULTS, _rectangle)
 
 # %% ../../../exercises/solutions/09_packing.ipynb #e9000056
 @q4.mistake("no positions",
@@ -810,14 +839,27 @@ def _(rows, pad_id):
             one[name] = one[name] + row[name]
     return _rectangle([one], pad_id)
 
+def _with_mask(rows, pad_id, seen): # from which tokens are of one document: (rows, n, n)
+    made = _rectangle(rows, pad_id)
+    number = (made["position_ids"] == 0).cumsum(1)
+    return made | dict(attention_mask=seen(number[:, :, None] == number[:, None])[:, None])
+
 @q4.mistake("a causal mask",
     "your mask lets each token see all tokens before it. It has to keep documents apart; or leave "
     "it out, and transformers makes it from the positions.")
 def _(*args):
     import torch
-    made = _rectangle(*args)
-    rows, width = made["labels"].shape
-    return made | dict(attention_mask=torch.ones(rows, 1, width, width).tril().bool())
+    return _with_mask(*args, lambda same: torch.ones_like(same).tril())
+
+@q4.mistake("a mask that looks ahead",
+    "your mask lets a token see what comes after it in its document. It has to be causal, too; or "
+    "leave it out, and transformers makes it from the positions.")
+def _(*args): return _with_mask(*args, lambda same: same)
+
+@q4.mistake("a mask of ones and zeros",
+    "a mask of four sides holds True and False. One of numbers is added to the scores, so ones and "
+    "zeros hide nothing; or leave it out, and transformers makes it from the positions.")
+def _(*args): return _with_mask(*args, lambda same: same.tril().float())
 
 @q4.mistake("sorted rows", "you put the rows into another order. Keep it.")
 def _(rows, pad_id):
@@ -972,6 +1014,18 @@ def _(run, limits, tolerance):
         if not run(n) <= lowest + tolerance:
             break
         found = n
+    return found
+
+@q5.mistake("stops after the first that will do",
+    "you go from short to long and stop where a loss becomes too high. A longer row may be good "
+    "again.")
+def _(run, limits, tolerance):
+    lowest, found = min(run(n) for n in limits if run(n) == run(n)), None
+    for n in sorted(limits):
+        if run(n) <= lowest + tolerance:
+            found = n
+        elif found:
+            break
     return found
 
 @q5.mistake("step by step",

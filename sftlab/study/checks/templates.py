@@ -1244,8 +1244,10 @@ def _(rng):
              {"a": "a{question}", "b": "b{question}"}, [("1", "x"), ("1", "y")])
     long = (Noted({("a1", "long"): 2150.0, ("b1", "long"): 1900.0}),
             {"a": "a{question}", "b": "b{question}"}, [("1", "long")])
+    around = (Noted({("Q: 1? A:", "2"): 3.0, ("Q:  1?  A:", "2"): 1.5, ("[ 1? ]", "2"): 4.0}),
+              {"brackets": "[{question}]", "letter": "Q: {question} A:"}, [(" 1? ", "2")])
     return [
-        best_last, slash, twice, long, one(1, "plain"),
+        best_last, slash, twice, long, around, one(1, "plain"),
         one(1, "colon", "plain"), one(2, "space", "colon"),
         one(3, "plain", "line"), one(3, "chat", "colon", "plain"), one(2, "json", "plain"),
         one(4, "colon", "jinja"), one(3, "late", "line"), one(5), one(6), one(4),
@@ -1271,6 +1273,10 @@ def _(*args): return _above(_means(*args, place=lambda layout, q: layout.format(
 @q5.mistake("the prompt is stripped",
     "you strip white space from the prompt. What is at its end matters most.")
 def _(*args): return _above(_means(*args, place=lambda layout, q: _placed(layout, q).strip()))
+
+@q5.mistake("the question is stripped",
+    "you strip white space from the question. Put it in as it is.")
+def _(*args): return _above(_means(*args, place=lambda layout, q: _placed(layout, q.strip())))
 
 @q5.mistake("the question is not put in",
     "the prompt still holds `{question}`. Replace it with the question.")
