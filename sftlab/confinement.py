@@ -159,7 +159,7 @@ def _landlock(folder=None):
     _checked(_libc().syscall(446, ruleset, 0), "Landlock")
     os.close(ruleset)
 
-# %% ../nbs/reference/confinement.ipynb #ea3ebd85
+# %% ../nbs/reference/confinement.ipynb #011cbb69
 MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 REFUSED = dict( # numbers on x86-64 and on 64-bit ARM; None: there is no such call
     socket=(41, 198), connect=(42, 203), bind=(49, 200), ptrace=(101, 117),
@@ -211,7 +211,7 @@ def _filter(machine, refused):
     return b"".join(struct.pack("=HBBI", *step) for step in steps)
 
 def _seccomp(signals):
-    "Refuse the network, other programs and the like; `signals`: also all that acts on other processes."
+    "Refuse the network, other programs …; `signals`: also what acts on other processes."
     code = _filter(os.uname().machine, REFUSED | (SIGNALS if signals else {}))
     buffer = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))
