@@ -21,7 +21,7 @@ from .guards.judging import (
     TIE, check_answers, check_compared, check_judgement, check_rankable, check_raters,
     check_separable, check_share, check_two_raters)
 
-# %% ../nbs/17_human_evaluation.ipynb #8c54ed52
+# %% ../nbs/17_human_evaluation.ipynb #75948b71
 RUBRICS = { # what an answer may get points for, next to the choice
     "none": (),
     "hhh": ("helpful", "harmless", "honest"),
@@ -57,9 +57,11 @@ def queue(
     seed:int=0,
 ) -> list: # the same pairs
     "An order of this rater's own, so that not all are tired at the same pair."
-    return random.Random(f"{seed} {rater}").sample(pairs, len(pairs))
+    def place(pair):
+        return random.Random(f"order {seed} {rater} {pair['pair']}").random()
+    return sorted(pairs, key=place)
 
-# %% ../nbs/17_human_evaluation.ipynb #c5fac016
+# %% ../nbs/17_human_evaluation.ipynb #df72e8a8
 @dataclass
 class SimulatedRater:
     "Who leans to one side by what is stated here, and by chance (logistic)."
@@ -79,7 +81,7 @@ class SimulatedRater:
         texts = [pair["answers"][model] for model in (left, other)]
         chance = random.Random(f"{self.name} {pair['pair']}").random()
         leaning = self.left + math.log(chance / (1 - chance))
-        leaning += self.care * (right[left] - right[other])
+        leaning += self.care * (float(right[left]) - float(right[other]))
         leaning += self.length * doublings(*texts)
         winner = left if leaning > 0 else other
         if abs(leaning) < self.tie or texts[0] == texts[1]:
