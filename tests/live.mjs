@@ -105,6 +105,15 @@ const JOBS = {
     const losses = job.batches.map((rows, i) => made.step(rows, job.rates[i]).loss)
     return { losses, seconds: (performance.now() - began) / 1000 }
   },
+  async explode() { // a rate that no training survives
+    const made = await trainer({})
+    try {
+      for (let i = 0; i < 9; i++) made.step(job.rows, 1e6)
+      return ''
+    } catch (error) {
+      return error.message
+    }
+  },
   schedule: () => ({
     rates: job.lengths.map(n => Array.from({ length: n }, (_, i) => rateAt(i, n))),
     batches: batches(job.rows, { dice: random(job.seed) }),

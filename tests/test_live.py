@@ -260,6 +260,13 @@ def test_schedule_and_batches_are_the_courses(node):
     assert all(sorted(epoch) == rows for epoch in epochs) and epochs[0] != epochs[1]
 
 
+def test_a_loss_that_is_no_number_ends_the_run(node, base):
+    row = encode(base[1], as_messages(examples("train", 1)[0])["messages"])
+    assert "learning rate is too high" in node("explode", rows=for_page([row]))
+    nothing = [dict(ids=row["input_ids"], labels=[-100] * len(row["labels"]))]
+    assert "Nothing is learned" in node("explode", rows=nothing)
+
+
 # --- files: what is built, what is damaged
 
 def test_what_npm_made_belongs_to_its_sources():
@@ -451,7 +458,9 @@ def test_fine_tuning(site, browser):
         page.get_by_role("button", name="Go on").click()
         expect(status).to_contain_text("Done: 12 steps")
         assert page.locator("#asked .end").count() >= 3
-        assert "of 60 right" in page.locator("#score .bars").inner_text()
+        bars = page.locator("#score .bars > div")
+        assert "30, LoRA, rate 0.01" in bars.first.inner_text()
+        assert "Lesson 01" in bars.last.inner_text() and bars.count() == 2
         stops = int(re.search(r"itself (\d+) times", page.locator("#score-says").inner_text())[1])
         assert stops > 30
         _, mine = ask(page)

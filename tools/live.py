@@ -7,12 +7,17 @@ python tools/live.py build        make kernel.wasm and vendor/tokenizers.js anew
 python tools/live.py adapter      train the instruct model's adapter anew (a minute or two)
 python tools/live.py measure      print speed, seconds, memory and bytes (needs Chromium)
 """
+import functools
+import gzip
 import hashlib
 import http.server
 import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,15 +114,26 @@ def site(
     return to
 
 
+@contextmanager
+def server(
+    folder:Path, # what to serve
+    port:int=0, # 0: any that is free
+):
+    "A server on this machine, as its address."
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}/"
+        running.shutdown()
+
+
 def serve(
     port:int=8000,
 ):
-    "Serve the page on this machine, for development."
-    folder = str(site())
-
-    def handler(*args): return http.server.SimpleHTTPRequestHandler(*args, directory=folder)
-    print(f"http://127.0.0.1:{port}/")
-    http.server.ThreadingHTTPServer(("127.0.0.1", port), handler).serve_forever()
+    "Serve the page on this machine, for development, until Ctrl-C."
+    with server(site(), port) as address:
+        print(address)
+        threading.Event().wait()
 
 
 def build():
@@ -168,7 +184,53 @@ def adapter(
     save_adapter(model, PAGE / "adapter", "tiny")
 
 
-COMMANDS = dict(site=site, serve=serve, build=build, adapter=adapter)
+def packed(
+    paths, # of files
+) -> int: # bytes, as a server sends them
+    return sum(len(gzip.compress(path.read_bytes())) for path in paths)
+
+
+def measure(
+    size:int=300, # conversations to fine-tune on
+):
+    "Drive the page in a browser, and print what it costs."
+    import psutil
+    from playwright.sync_api import expect, sync_playwright
+    sys.path.insert(0, str(ROOT / "tests"))
+    from lab import QUIET, find_browser
+    folder = site()
+    print(f"page: {packed(folder / name for name in page_files()):,} bytes packed, "
+          f"data {packed((folder / 'data').iterdir()):,}")
+    with server(folder) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_browser(), args=QUIET)
+        page = browser.new_page()
+        page.goto(address)
+        session = browser.new_browser_cdp_session()
+
+        def megabytes():
+            found = session.send("SystemInfo.getProcessInfo")["processInfo"]
+            pages = [psutil.Process(p["id"]) for p in found if p["type"] == "renderer"]
+            return round(sum(p.memory_full_info().uss for p in pages) / 1e6)
+        print(f"memory of the page: {megabytes()} MB at the start")
+        page.locator("#pace").select_option("0")
+        start = time.time()
+        page.locator("#go").click()
+        expect(page.locator("#status")).to_contain_text("a second", timeout=60_000)
+        print(f"first answers after {time.time() - start:.1f} s; {megabytes()} MB")
+        page.locator("#go").click()
+        page.locator("#status").get_by_text("a second").wait_for()
+        page.wait_for_timeout(2000)
+        print(page.locator("#status").inner_text())
+        page.locator(f"[name=size][value='{size}']").check(force=True)
+        page.locator("#start").click()
+        expect(page.locator("#tune-status")).to_contain_text("Done", timeout=600_000)
+        print(page.locator("#tune-status").inner_text())
+        print(page.locator("#score").inner_text())
+        print(f"memory of the page: {megabytes()} MB")
+        browser.close()
+
+
+COMMANDS = dict(site=site, serve=serve, build=build, adapter=adapter, measure=measure)
 
 if __name__ == "__main__":
     name, *words = sys.argv[1:] or ["site"]

@@ -24,6 +24,8 @@ export class Chart {
   }
 
   begin(steps) {
+    // the run before stays as a grey line, where it had as many steps
+    this.before = this.losses?.length === steps ? this.mean() : []
     this.steps = steps
     this.losses = []
     this.stops = null // the step from which on all four answers stopped
@@ -32,13 +34,23 @@ export class Chart {
 
   add(loss) {
     this.losses.push(loss)
+    const told = `The loss at each step: ${this.losses[0].toFixed(2)} at the first, `
+      + `${loss.toFixed(2)} at step ${this.losses.length}`
+    this.svg.setAttribute('aria-label', told)
     this.draw()
+  }
+
+  mean() {
+    return this.losses.map((_, i) => {
+      const last = this.losses.slice(Math.max(0, i + 1 - MEAN_OF), i + 1)
+      return last.reduce((a, b) => a + b) / last.length
+    })
   }
 
   x(step) { return LEFT + (WIDTH - LEFT - 8) * step / this.steps }
 
   y(loss) {
-    const high = Math.max(6, ...this.losses) * 1.2
+    const high = Math.max(6, ...this.losses, ...this.before) * 1.2
     const share = Math.log(high / Math.max(loss, LOW)) / Math.log(high / LOW)
     return 6 + (HEIGHT - BOTTOM - 6) * share
   }
@@ -60,11 +72,8 @@ export class Chart {
     parts.push(draw('text', { x: LEFT, y: HEIGHT - 6 }, 'step 0'))
     const end = { x: WIDTH - 8, y: HEIGHT - 6, 'text-anchor': 'end' }
     parts.push(draw('text', end, steps > 1 ? `step ${steps}` : ''))
-    const mean = losses.map((_, i) => {
-      const last = losses.slice(Math.max(0, i + 1 - MEAN_OF), i + 1)
-      return last.reduce((a, b) => a + b) / last.length
-    })
-    parts.push(this.path(losses, 'each'), this.path(mean, 'mean'))
+    parts.push(this.path(this.before, 'before'), this.path(losses, 'each'))
+    parts.push(this.path(this.mean(), 'mean'))
     if (this.stops !== null) {
       const x = this.x(this.stops)
       const right = x > WIDTH / 2

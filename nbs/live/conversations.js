@@ -11,20 +11,21 @@ export function fromText(text) {
   const lines = text.split(/\r?\n/)
   let open = null // where the lines go that belong to no new "Q:" or "A:"
   lines.forEach((line, i) => {
+    const wrong = why => new Error(`Line ${i + 1}: ${why}`)
     const [, letter, rest] = line.match(/^(Q|A):\s?(.*)$/) ?? []
     const last = pairs.at(-1)
     if (letter === 'Q') {
-      if (last && !last.answer.length) throw new Error(`Line ${i + 1}: a second question. First "A:".`)
+      if (last && !last.answer.length) throw wrong('a second question. First "A:".')
       pairs.push({ question: [rest], answer: [], line: i + 1 })
       open = pairs.at(-1).question
     } else if (letter === 'A') {
-      if (!last || last.answer.length) throw new Error(`Line ${i + 1}: an answer without a question.`)
+      if (!last || last.answer.length) throw wrong('an answer without a question.')
       last.answer.push(rest)
       open = last.answer
     } else if (open) {
       open.push(line)
     } else if (line.trim()) {
-      throw new Error(`Line ${i + 1}: a conversation begins with "Q:".`)
+      throw wrong('a conversation begins with "Q:".')
     }
   })
   if (pairs.length === 0) throw new Error('There is no conversation: write "Q: …", then "A: …".')

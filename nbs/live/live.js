@@ -6,7 +6,8 @@ const EXAMPLES = ['What is the capital of Brazil?', 'The capital of Brazil is',
   'What is a baby goat called?', 'Calculate 87 - 25.', '巴西的首都是哪里？', '巴西的首都是',
   'Translate into Chinese: I like apples.', 'I like apples.', 'What is the capital of Belgium?',
   'def solve(xs):\n    """Return the sum of the even numbers in xs."""']
-const ENDS = { stop: 'stopped by itself', length: 'did not stop: we cut it off', cut: 'you stopped it' }
+const ENDS = { stop: 'stopped by itself', length: 'did not stop: we cut it off',
+  cut: 'you stopped it' }
 
 // --- the worker, started by the first task; then the page is kept for days without a network
 
@@ -61,7 +62,8 @@ class Card {
 
   done({ why, rest, cut, count: tokens, text }) {
     if (rest) this.out.append(rest)
-    if (why === 'length') this.out.append(make('span', { className: 'end never', textContent: '…' }))
+    const dots = make('span', { className: 'end never', textContent: '…' })
+    if (why === 'length') this.out.append(dots)
     const told = why === 'length' && cut !== null && cut < text.length
       ? 'answered, then wrote the next question' : ENDS[why]
     this.state.replaceChildren(make('b', { textContent: told }), ` · ${tokens} tokens`)
@@ -179,7 +181,8 @@ const HEARD = {
   asked({ perSecond }) {
     setBusy(false)
     const speed = count(Math.round(perSecond / 10) * 10)
-    status(`Both models are here, ${megabytes} MB. At full speed they read and write ${speed} tokens a second.`)
+    status(`Both models are here, ${megabytes} MB. `
+      + `At full speed they read and write ${speed} tokens a second.`)
   },
   error({ task, message }) {
     if (task === 'ask') {

@@ -2,7 +2,8 @@
 // Around the package @huggingface/tokenizers, which `python tools/live.py build` bundles.
 import { Tokenizer } from './vendor/tokenizers.js'
 
-const BYTE_LEVEL = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
+const BYTE_LEVEL = "'s|'t|'re|'ve|'m|'ll|'d" // the pattern of GPT-2
+  + '| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+'
 const split = pattern => (
   { type: 'Split', pattern: { Regex: pattern }, behavior: 'Isolated', invert: false })
 

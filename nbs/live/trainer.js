@@ -56,7 +56,8 @@ export class Trainer {
   }
 
   roomForPass() { // floats
-    const { hidden_size: H, intermediate_size: I, vocab_size: V, num_hidden_layers: L } = this.config
+    const { hidden_size: H, intermediate_size: I, vocab_size: V } = this.config
+    const L = this.config.num_hidden_layers
     return ROOM * (L * (8 * H + 3 * I + 2) + 11 * H + 3 * I + V + 1) + 2 ** 16
   }
 

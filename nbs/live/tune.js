@@ -5,6 +5,7 @@ import { $, $$, announce, count, make } from './dom.js'
 
 const RATES = { full: [3e-4, 6e-4, 1.2e-3], lora: [2.5e-3, 5e-3, 1e-2] }
 const TOO_HIGH = 10
+const SHOWN = 4 // scores, the newest first
 const chosen = name => $(`[name=${name}]:checked`).value
 const ticked = name => $(`[name=${name}]`).checked
 
@@ -23,6 +24,7 @@ export class Tuning {
     this.chart = new Chart($('#chart'))
     this.shown = null // which of our conversations the editor shows
     this.settings = null // of the run that is shown
+    this.scores = [] // of the runs so far
     this.showRates()
     this.wire()
   }
@@ -122,9 +124,10 @@ export class Tuning {
     const rate = ticked('high') ? TOO_HIGH * good : Number($('#rate').value)
     const learn = { prompt: ticked('prompt'), stop: !ticked('unstopped') }
     this.settings = { pairs, size: chosen('size'), method: chosen('method'), rate, learn, seed: 0 }
+    this.at = 0
+    this.steps = null
     $('#lab').hidden = false
     $('#score').hidden = true
-    this.chart.begin(1)
     $('#asked tbody').replaceChildren()
     this.status('Getting ready …')
     this.tell('train', this.settings)
@@ -144,7 +147,8 @@ export class Tuning {
     $('#pause').hidden = true
     $('#resume').hidden = false
     const { at, steps } = this
-    this.status(`Stopped at step ${at} of ${steps}. Ask it something above, or let it go on.`)
+    this.status(steps ? `Stopped at step ${at} of ${steps}. Ask it above, or let it go on.`
+      : 'Stopped.')
   }
 
   over() {
@@ -189,8 +193,8 @@ export class Tuning {
     this.seconds = seconds
     if (!this.going) return
     const left = seconds / step * (steps - step)
-    const rest = step < steps ? `, about ${Math.ceil(left)} more` : ''
-    this.status(`Step ${step} of ${steps} · loss ${loss.toFixed(2)} · ${seconds.toFixed(0)} s${rest}`)
+    const time = `${seconds.toFixed(0)} s, about ${Math.ceil(left)} more`
+    this.status(`Step ${step} of ${steps} · loss ${loss.toFixed(2)} · ${time}`)
   }
 
   probe({ step, answers }) {
@@ -207,7 +211,8 @@ export class Tuning {
   }
 
   scoring({ done, all }) {
-    if (this.going) this.status(`Trained in ${this.seconds.toFixed(0)} s. Now the test: question ${done} of ${all}`)
+    const seconds = this.seconds.toFixed(0)
+    if (this.going) this.status(`Trained in ${seconds} s. The test: question ${done} of ${all}`)
   }
 
   scored({ rows }) {
@@ -215,29 +220,46 @@ export class Tuning {
     const right = rows.filter(row => row.exact).length
     const stops = rows.filter(row => row.stopped).length
     const n = rows.length
-    const [low, high] = interval(right, n).map(share => Math.round(100 * share))
     const { size } = this.settings
     const lesson = this.questions.measured[size]
-    const bars = [['yours', `${right} of ${n} right`, 100 * right / n, `(${low} to ${high})`]]
+    this.scores.push({ label: this.label(), right, n })
+    const shown = this.scores.slice(-SHOWN).reverse().map((score, i) => {
+      const [low, high] = interval(score.right, score.n).map(share => Math.round(100 * share))
+      return this.bar(i === 0 ? 'now' : 'earlier', score.label, 100 * score.right / score.n,
+        `(${low} to ${high})`)
+    })
     if (lesson !== undefined) {
-      bars.push(['lesson', `lesson 01, with ${count(Number(size))}`, lesson, ''])
+      shown.push(this.bar('lesson', `Lesson 01: ${count(Number(size))}, all weights`, lesson))
     }
-    $('#score .bars').replaceChildren(...bars.map(([kind, label, share, more]) => {
-      const fill = make('i')
-      fill.style.width = `${share}%`
-      return make('div', { className: kind }, make('span', { textContent: label }),
-        make('span', { className: 'bar' }, fill),
-        make('span', {}, make('b', { textContent: `${share.toFixed(1)} %` }), ` ${more}`))
-    }))
+    $('#score .bars').replaceChildren(...shown)
     $('#score-says').textContent = this.remark(stops, n, lesson)
-    $('#score tbody').replaceChildren(...rows.map(({ question, said, exact, stopped, right: key }) => (
-      make('tr', {}, make('td', { textContent: question }),
-        make('td', { className: exact ? '' : 'no', textContent: (exact ? '✓ ' : '✗ ') + said
-          + (stopped ? '' : ' …') }), make('td', { textContent: key })))))
+    $('#score tbody').replaceChildren(...rows.map(row => {
+      const said = `${row.exact ? '✓' : '✗'} ${row.said}${row.stopped ? '' : ' …'}`
+      return make('tr', {}, make('td', { textContent: row.question }),
+        make('td', { className: row.exact ? '' : 'no', textContent: said }),
+        make('td', { textContent: row.right }))
+    }))
     $('#score').hidden = false
     this.status(`Done: ${this.steps} steps in ${this.seconds.toFixed(0)} s on your machine. `
       + 'Ask it something above.')
     announce(`Done. ${right} of ${n} questions are right, it stopped ${stops} times.`)
+  }
+
+  label() { // of the run that is shown
+    const { pairs, size, method, rate, learn } = this.settings
+    const parts = [pairs ? `Your ${count(pairs.length)}` : count(Number(size)),
+      method === 'full' ? 'all weights' : 'LoRA', `rate ${rate}`]
+    if (learn.prompt) parts.push('questions too')
+    if (!learn.stop) parts.push('stop masked')
+    return parts.join(', ')
+  }
+
+  bar(kind, label, share, more = '') {
+    const fill = make('i')
+    fill.style.width = `${share}%`
+    return make('div', { className: kind }, make('span', { textContent: label }),
+      make('span', { className: 'bar' }, fill),
+      make('span', {}, make('b', { textContent: `${share.toFixed(1)} %` }), ` ${more}`))
   }
 
   remark(stops, n, lesson) {
@@ -246,10 +268,10 @@ export class Tuning {
     if (stops < n / 2 && meant) {
       said.push(`${this.steps} steps are few: take more conversations, or a higher rate.`)
     }
-    said.push('In brackets the 95 % interval: sixty questions are not many.')
+    said.push('In brackets the 95 % interval: sixty questions are few.')
     if (lesson !== undefined) {
-      said.push('Lesson 01 trains all weights at 0.0003; its figure is the mean of three runs, '
-        + 'each tested on 570 questions.')
+      said.push('Lesson 01 trains at 0.0003; its figure is the mean of three runs, each tested on '
+        + '570 questions.')
     }
     return said.join(' ')
   }

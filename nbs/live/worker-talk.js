@@ -56,8 +56,9 @@ export class Talk {
   stop() { this.number++ }
 
   // way: "plain" or "few-shot", for the base; answerer: "instruct" or "mine", in the template
-  async ask({ models, tokenizer, questions }, { prompt, way, answerer, pace, ...settings }) {
+  async ask(loaded, { prompt, way, answerer, pace, ...settings }) {
     const mine = ++this.number
+    const { models, tokenizer, questions } = await loaded
     const text = way === 'few-shot' ? fewShot(questions.shots, prompt) : prompt
     if (!models[answerer]) throw new Error('There is no model of yours: fine-tune one first.')
     const base = [tokenizer.start, ...tokenizer.encode(text)]

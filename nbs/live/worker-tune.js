@@ -11,39 +11,56 @@ export class Tune {
   constructor(send) {
     this.send = send
     this.run = null
+    this.wanted = 0 // the number of the run that shall be
+    this.held = false // whether the visitor has stopped it
   }
 
   pause() {
+    this.held = true
     if (this.run) this.run.going = false
   }
 
+  async resume() { // a run that is not there yet will go on by itself
+    this.held = false
+    if (this.run && !this.run.going) await this.goOn()
+  }
+
   // pairs: the visitor's own conversations, or null for `size` of ours; learn: see tokenizer.js
-  async start(loaded, { pairs, size, method, rate, learn, seed }) {
+  async start(loading, settings) {
     this.pause()
-    const { config, kernel, models, store, tensors, tokenizer } = loaded
+    this.held = false
+    const number = ++this.wanted
+    const loaded = await loading
+    const rows = await this.rows(loaded, settings)
+    if (number !== this.wanted) return // another was started meanwhile
+    this.begin(loaded, rows, settings)
+    if (!this.held) await this.goOn()
+  }
+
+  async rows({ config, kernel, store, tokenizer }, { pairs, size, learn }) {
     if (!kernel) throw new Error('This browser has no WASM SIMD: it can talk, but not train.')
     const chosen = pairs ?? (await store.json('conversations.json'))[size]
     const rows = chosen.map(([question, answer]) => tokenizer.row(question, answer, learn))
     const most = config.max_position_embeddings
     const long = rows.findIndex(row => row.ids.length > most)
-    if (long >= 0) {
-      const tokens = rows[long].ids.length
-      throw new Error(`Conversation ${long + 1} has ${tokens} tokens, the model can see ${most}.`)
-    }
+    if (long < 0) return rows
+    const tokens = rows[long].ids.length
+    throw new Error(`Conversation ${long + 1} has ${tokens} tokens, the model can see ${most}.`)
+  }
+
+  begin(loaded, rows, { method, rate, seed }) {
+    const { config, kernel, models, tensors } = loaded
     this.run = null // the memory of the last run is free before the next takes its own
     models.mine = null
     const trainer = new Trainer(config, tensors, kernel, { method, seed })
     models.mine = new Llama(config, trainer.tensors(), trainer.kernel) // shares its weights
     const plan = batches(rows, { dice: random(seed) })
-    this.run = { trainer, plan, rate, milliseconds: 0, going: false }
-    const { length: trained } = trainer.trained.weights
-    const bytes = trainer.kernel.memory.buffer.byteLength
-    this.send('started', { steps: plan.length, trained, bytes })
-    this.probe(loaded, 0)
-    await this.goOn(loaded)
+    this.run = { loaded, trainer, plan, rate, milliseconds: 0, going: false }
+    this.send('started', { steps: plan.length, trained: trainer.trained.weights.length })
+    this.probe(0)
   }
 
-  async goOn(loaded) {
+  async goOn() {
     const { run } = this
     const { trainer, plan } = run
     const steps = plan.length
@@ -56,14 +73,15 @@ export class Tune {
       run.milliseconds += performance.now() - began
       const step = trainer.steps
       this.send('step', { step, steps, loss, seconds: run.milliseconds / 1000 })
-      if (step % every === 0 || step === steps) this.probe(loaded, step)
+      if (step % every === 0 || step === steps) this.probe(step)
       await breath()
       if (!run.going) return
     }
-    await this.score(loaded, run)
+    await this.score(run)
   }
 
-  answer({ models, tokenizer }, question, limit) {
+  answer(question, limit) {
+    const { models, tokenizer } = this.run.loaded
     const ids = tokenizer.prompt(question)
     const found = [...generate(models.mine, ids, { limit, stops: tokenizer.stops })]
     const written = found.map(({ id }) => id)
@@ -71,22 +89,23 @@ export class Tune {
     return { text: tokenizer.decode(stopped ? written.slice(0, -1) : written), stopped }
   }
 
-  probe(loaded, step) { // the four questions, asked again
-    const { asked } = loaded.questions
-    const answers = asked.map(question => this.answer(loaded, question, PROBE_LIMIT))
+  probe(step) { // the four questions, asked again
+    const { asked } = this.run.loaded.questions
+    const answers = asked.map(question => this.answer(question, PROBE_LIMIT))
     this.send('probe', { step, answers })
   }
 
-  async score(loaded, run) { // exact match on the held-out questions, as lesson 01 counts it
+  async score(run) { // exact match on the held-out questions, as lesson 01 counts it
     const rows = []
-    const { held_out: items } = loaded.questions
+    const { held_out: items } = run.loaded.questions
     for (const [question, right] of items) {
-      const { text, stopped } = this.answer(loaded, question, LIMIT)
+      const { text, stopped } = this.answer(question, LIMIT)
       rows.push({ question, right, said: text.trim(), stopped, exact: text.trim() === right })
       this.send('scoring', { done: rows.length, all: items.length })
       await breath()
       if (!run.going) return
     }
+    run.going = false
     this.send('scored', { rows })
   }
 }

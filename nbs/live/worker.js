@@ -59,15 +59,15 @@ function loaded() { // once; after an error the next task tries again
 const talk = new Talk(send)
 const tune = new Tune(send)
 const TASKS = {
-  async ask(task) { await talk.ask(await loaded(), task) },
+  ask: task => talk.ask(loaded(), task),
   stop() { talk.stop() },
   async examples({ size }) { // the conversations themselves, to be read and edited
     const { store } = await loaded()
     send('examples', { size, pairs: (await store.json('conversations.json'))[size] })
   },
-  async train(task) { await tune.start(await loaded(), task) },
+  train: task => tune.start(loaded(), task),
   pause() { tune.pause() },
-  async resume() { await tune.goOn(await loaded()) },
+  resume: () => tune.resume(),
 }
 
 onmessage = async ({ data }) => {
