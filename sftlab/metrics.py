@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bits_per_byte', 'normalize', 'exact_match', 'ngrams', 'bleu', 'words', 'f1', 'rouge_n', 'lcs', 'rouge_l', 'pass_at_k',
-           'bootstrap_interval', 'score_interval', 'Comparison', 'compare', 'each_epoch', 'measured', 'MeasureCallback']
+           'bootstrap_interval', 'score_interval', 'each_epoch', 'measured', 'MeasureCallback', 'Comparison', 'compare']
 
 # %% ../nbs/15_metrics.ipynb #m1
 import math
@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from .generation import wilson_interval
 from .guards.metrics import check_pairs, check_scores, check_tries
 
-# %% ../nbs/15_metrics.ipynb #m2
+# %% ../nbs/15_metrics.ipynb #m3d
 def bits_per_byte(
     nll, # an `Nll`: the mean over the tokens of the texts, and how many they are
     texts:list, # what was predicted: strings
@@ -28,7 +28,7 @@ def bits_per_byte(
     size = sum(len(text.encode()) for text in texts)
     return nll.nll * nll.tokens / math.log(2) / size
 
-# %% ../nbs/15_metrics.ipynb #m3
+# %% ../nbs/15_metrics.ipynb #m5b
 def normalize(text:str) -> str:
     "One form of each character (NFKC), lower case, single spaces, no full stop at the end."
     text = unicodedata.normalize("NFKC", text).casefold()
@@ -41,7 +41,7 @@ def exact_match(
     "Whether an answer is right to the letter, after `normalize`."
     return float(normalize(output) == normalize(answer))
 
-# %% ../nbs/15_metrics.ipynb #m4
+# %% ../nbs/15_metrics.ipynb #m6c
 def ngrams(tokens:list, n:int) -> Counter:
     "How often each run of `n` tokens occurs."
     return Counter(tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1))
@@ -66,7 +66,7 @@ def bleu(
         logs.append(math.log(found / total if found else 1 / (smooth * total)))
     return 100 * math.exp(min(0, 1 - wanted / length) + sum(logs) / 4)
 
-# %% ../nbs/15_metrics.ipynb #m5
+#| export
 def words(text:str) -> list:
     "The tokens of rouge-score: runs of a-z and 0-9, in lower case. Everything else is dropped."
     return re.findall("[a-z0-9]+", text.lower())
@@ -103,7 +103,7 @@ def rouge_l(
     a, b = tokenize(output), tokenize(reference)
     return f1(lcs(a, b), len(a), len(b))
 
-# %% ../nbs/15_metrics.ipynb #m6
+# %% ../nbs/15_metrics.ipynb #m7b
 def pass_at_k(
     n:int, # programs written for one problem
     c:int, # of them pass the tests
@@ -116,7 +116,7 @@ def pass_at_k(
         return 1.0
     return float(1 - np.prod(1 - k / np.arange(n - c + 1, n + 1)))
 
-# %% ../nbs/15_metrics.ipynb #m7
+# %% ../nbs/15_metrics.ipynb #m9d
 def bootstrap_interval(
     scores, # one number a question
     resamples:int=10_000, # how often the questions are drawn anew
@@ -139,32 +139,7 @@ def score_interval(
         return wilson_interval(scores.sum(), len(scores))
     return bootstrap_interval(scores)
 
-# %% ../nbs/15_metrics.ipynb #m8
-@dataclass(frozen=True)
-class Comparison:
-    "How much better A is than B on the same questions."
-    difference:float # mean score of A minus that of B
-    low:float # of its 95 % interval
-    high:float
-    p:float # probability of a difference as large or larger if A and B were the same
-    n:int # questions
-
-def compare(
-    a, b, # scores of the two on the same questions, in the same order
-    resamples:int=10_000, # random ones
-    seed:int=0,
-) -> Comparison:
-    """Is A better than B? A paired bootstrap and a paired permutation test; raises a `DataError`
-    for scores that do not belong together."""
-    gaps = check_scores(a, b)
-    low, high = bootstrap_interval(gaps, resamples, seed)
-    dice = np.random.default_rng(seed)
-    signs = dice.choice((-1, 1), (resamples, len(gaps))) # A and B swapped, or not
-    as_large = np.abs(signs @ gaps) >= abs(gaps.sum()) - 1e-9
-    p = (1 + as_large.sum()) / (1 + resamples)
-    return Comparison(float(gaps.mean()), low, high, float(p), len(gaps))
-
-# %% ../nbs/15_metrics.ipynb #m9
+# %% ../nbs/15_metrics.ipynb #m8b
 def each_epoch(
     measure, # from a model to a dict of figures, such as {"exact": 0.5}
     model, # the one that is trained
@@ -195,3 +170,28 @@ class MeasureCallback(TrainerCallback):
         found = {f"eval_{name}": x for name, x in measured(self.measure, model).items()}
         metrics.update(found) # the very dict of which `metric_for_best_model` is taken
         state.log_history.append(found | dict(step=state.global_step, epoch=state.epoch))
+
+# %% ../nbs/15_metrics.ipynb #m9e
+@dataclass(frozen=True)
+class Comparison:
+    "How much better A is than B on the same questions."
+    difference:float # mean score of A minus that of B
+    low:float # of its 95 % interval
+    high:float
+    p:float # probability of a difference as large or larger if A and B were the same
+    n:int # questions
+
+def compare(
+    a, b, # scores of the two on the same questions, in the same order
+    resamples:int=10_000, # random ones
+    seed:int=0,
+) -> Comparison:
+    """Is A better than B? A paired bootstrap and a paired permutation test; raises a `DataError`
+    for scores that do not belong together."""
+    gaps = check_scores(a, b)
+    low, high = bootstrap_interval(gaps, resamples, seed)
+    dice = np.random.default_rng(seed)
+    signs = dice.choice((-1, 1), (resamples, len(gaps))) # A and B swapped, or not
+    as_large = np.abs(signs @ gaps) >= abs(gaps.sum()) - 1e-9
+    p = (1 + as_large.sum()) / (1 + resamples)
+    return Comparison(float(gaps.mean()), low, high, float(p), len(gaps))

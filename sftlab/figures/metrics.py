@@ -26,9 +26,9 @@ def judged_diagram(
     names:tuple, # what stands before either row
 ) -> Diagram:
     "Above: each token is judged after the right ones. Below: the model continues its own text."
-    d = Diagram(6.8, 2.5)
-    rows = ((1.5, [(token, "blue" if counted else "grey") for token, _, counted in right]),
-            (0.35, [(token, "orange") for token in written]))
+    d = Diagram(6.8, 2.3)
+    rows = ((1.4, [(token, "blue" if counted else "grey") for token, _, counted in right]),
+            (0.15, [(token, "orange") for token in written]))
     for (y, tokens), name in zip(rows, names):
         d.text(0.05, y + 0.55, name, ha="left", va="bottom", fontsize=9)
         x = 0.05
@@ -68,10 +68,10 @@ def overlap_diagram(
     output:list, reference:list, # tokens
 ) -> Diagram:
     "Two rows of words; what both have is filled, and lines join a longest common subsequence."
-    d = Diagram(6.8, 2.0)
+    d = Diagram(6.8, 1.8)
     common, middles = common_places(output, reference), []
-    for y, name, tokens, other in ((1.3, "reference", reference, output),
-                                   (0.2, "output", output, reference)):
+    for y, name, tokens, other in ((1.25, "reference", reference, output),
+                                   (0.15, "output", output, reference)):
         d.text(0.05, y + 0.2, name, ha="left", fontsize=9)
         x, row = 0.95, []
         for token in tokens:
@@ -82,7 +82,8 @@ def overlap_diagram(
             x += w + 0.1
         middles.append(row)
     for i, j in common:
-        d.ax.plot([middles[1][i], middles[0][j]], [0.6, 1.3], color=PALETTE["blue"], linewidth=1.6)
+        d.ax.plot([middles[1][i], middles[0][j]], [0.55, 1.25], color=PALETTE["blue"],
+                  linewidth=1.6, linestyle="-")
     return d
 
 # %% ../../nbs/reference/figures/metrics.ipynb #f11
