@@ -93,7 +93,7 @@ def notebook_from(
             continue
         directive = re.match(r"#\| *(\w+)", source)
         if not directive:
-            if not re.search(r"^(@q\d+\.(wrong|right)\b|kills\()", source, re.MULTILINE):
+            if not re.search(r"^(\s*@?q\d+\.(wrong|right)\b|kills\()", source, re.MULTILINE):
                 made.append(_cell("code", source, cell["id"]))
         elif directive[1] == "default_exp":
             names = ", ".join(questions)
