@@ -6,10 +6,12 @@
 __all__ = ['RUBRICS', 'CAUSES', 'make_pairs', 'sides', 'queue', 'SimulatedRater', 'doublings', 'WinRate', 'points', 'mean_score',
            'win_rate', 'causes', 'cohen_kappa', 'fleiss_kappa', 'judgements_needed', 'wins_table', 'bradley_terry']
 
-# %% ../nbs/17_human_evaluation.ipynb #e9a42ea2
+# %% ../nbs/17_human_evaluation.ipynb #95bffe9f
+import json
 import math
 import random
 import statistics
+import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import combinations
@@ -21,7 +23,7 @@ from .guards.judging import (
     TIE, check_answers, check_compared, check_judgement, check_rankable, check_raters,
     check_separable, check_share, check_two_raters)
 
-# %% ../nbs/17_human_evaluation.ipynb #75948b71
+# %% ../nbs/17_human_evaluation.ipynb #87aa1609
 RUBRICS = { # what an answer may get points for, next to the choice
     "none": (),
     "hhh": ("helpful", "harmless", "honest"),
@@ -38,8 +40,13 @@ def make_pairs(
     for item, prompt in enumerate(prompts):
         for a, b in combinations(sorted(answers), 2):
             texts = {a: answers[a][item], b: answers[b][item]}
-            pairs.append(dict(pair=f"{item}: {a}, {b}", item=item, prompt=prompt, answers=texts))
+            mark = zlib.crc32(json.dumps([prompt, texts]).encode()) # other answers, other name
+            pairs.append(dict(pair=f"{item}: {a}, {b} #{mark:08x}", item=item, prompt=prompt,
+                              answers=texts))
     return pairs
+
+def _draw(who, pair): # chances that depend on these alone
+    return random.Random(f"{who} {pair['item']}: {', '.join(sorted(pair['answers']))}")
 
 def sides(
     pair:dict, # from `make_pairs`
@@ -48,7 +55,7 @@ def sides(
 ) -> tuple: # the model on the left, the model on the right
     "Toss a coin for this pair and this rater: the same again each time it is asked."
     names = sorted(pair["answers"])
-    random.Random(f"{seed} {rater} {pair['pair']}").shuffle(names)
+    _draw(f"{seed} {rater}", pair).shuffle(names)
     return tuple(names)
 
 def queue(
@@ -57,11 +64,9 @@ def queue(
     seed:int=0,
 ) -> list: # the same pairs
     "An order of this rater's own, so that not all are tired at the same pair."
-    def place(pair):
-        return random.Random(f"order {seed} {rater} {pair['pair']}").random()
-    return sorted(pairs, key=place)
+    return sorted(pairs, key=lambda pair: _draw(f"order {seed} {rater}", pair).random())
 
-# %% ../nbs/17_human_evaluation.ipynb #df72e8a8
+# %% ../nbs/17_human_evaluation.ipynb #8e6e653d
 @dataclass
 class SimulatedRater:
     "Who leans to one side by what is stated here, and by chance (logistic)."
@@ -79,7 +84,7 @@ class SimulatedRater:
         "Compare two answers."
         left, other = order or sides(pair, self.name)
         texts = [pair["answers"][model] for model in (left, other)]
-        chance = random.Random(f"{self.name} {pair['pair']}").random()
+        chance = _draw(self.name, pair).random()
         leaning = self.left + math.log(chance / (1 - chance))
         leaning += self.care * (float(right[left]) - float(right[other]))
         leaning += self.length * doublings(*texts)

@@ -38,7 +38,7 @@ def answer_html(
     inner = escape(shown(text)) if text.strip() else "<i>(an empty answer)</i>"
     return f"<b>{escape(title)}</b>" + _FRAME.format(escape(title), inner)
 
-# %% ../nbs/reference/judging_form.ipynb #23e1662f
+# %% ../nbs/reference/judging_form.ipynb #6c784fdb
 KEYS = {"l": "left", "r": "right", "t": TIE, "u": "undo"}
 CHOICES = dict(left="Left is better", tie="Tie", right="Right is better")
 TOO_QUICK = 0.5 # seconds: nobody has read two answers in that time
@@ -158,7 +158,9 @@ class RatingForm:
     def undo(self):
         "Take the last judgement back, and show its pair again as it was filled in."
         try:
-            last = self.store.undo(self.rater)
+            done = self.store.all(self.rater)[-1:]
+            ours = done and done[0]["pair"] in {pair["pair"] for pair in self.pairs}
+            last = self.store.undo(self.rater) if ours else None
             self.refresh("Taken back: judge it again." if last else "There is nothing to undo.")
         except SftlabError as e:
             self._say(f"<b>Not undone.</b> {escape(shown(str(e)))}")

@@ -54,9 +54,15 @@ several = st.lists(st.tuples(st.integers(0, 9), winners, st.sampled_from("xyz"),
 
 def test_every_two_models_on_every_prompt():
     pairs = make_pairs(["p", "q"], {"c": ["1", "2"], "a": ["3", "4"], "b": ["5", "6"]})
-    assert [pair["pair"] for pair in pairs] == [
+    assert [pair["pair"].split(" #")[0] for pair in pairs] == [
         "0: a, b", "0: a, c", "0: b, c", "1: a, b", "1: a, c", "1: b, c"]
-    assert pairs[4] == dict(pair="1: a, c", item=1, prompt="q", answers={"a": "4", "c": "2"})
+    assert pairs[4] | {"pair": ""} == dict(pair="", item=1, prompt="q", answers={"a": "4", "c": "2"})
+
+
+def test_other_answers_of_the_same_models_are_other_pairs():
+    made = [make_pairs(["p"], {"a": ["1"], "b": [text]})[0] for text in ("2", "3", "2")]
+    assert made[0] == made[2] and made[0]["pair"] != made[1]["pair"]
+    assert sides(made[0], "Ada") == sides(made[1], "Ada")
 
 
 def test_a_coin_that_is_the_same_on_every_machine():
@@ -430,6 +436,12 @@ def test_two_windows_of_one_rater(form):
     other.choose("right")
     assert len(form.store.all()) == 1 and "judged already" in other.message.value
     assert other.pair == form.pair
+
+
+def test_undo_leaves_the_judgements_of_another_study(form):
+    form.store.add(judgement(7, "a"))
+    form.undo()
+    assert len(form.store.all()) == 1 and "nothing to undo" in form.message.value
 
 
 def test_half_a_character_in_a_note_is_no_reason_to_lose_it(form):

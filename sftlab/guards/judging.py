@@ -33,7 +33,7 @@ def check_answers(
             raise DataError(f"answer {wrong} of {model} is a {type(texts[wrong]).__name__}: "
                             "answers are strings")
 
-# %% ../../nbs/reference/guards/judging.ipynb #b9e245d3
+# %% ../../nbs/reference/guards/judging.ipynb #5d0e1738
 FIELDS = ("pair", "item", "left", "right", "winner", "rater")
 
 def check_judgement(
@@ -45,7 +45,11 @@ def check_judgement(
     missing = [name for name in FIELDS if name not in judgement]
     if missing:
         raise DataError(f"a judgement lacks {', '.join(missing)}: {judgement!r:.120}")
-    left, right = judgement["left"], judgement["right"]
+    left, right, item = (judgement[name] for name in ("left", "right", "item"))
+    texts = ("pair", "left", "right", "rater")
+    if not (isinstance(item, int) and all(isinstance(judgement[name], str) for name in texts)):
+        raise DataError(f"item must be an integer, and {', '.join(texts)} strings: "
+                        f"{judgement!r:.120}")
     if left == right:
         raise DataError(f"pair {judgement['pair']}: {left!r} is on both sides")
     check_choice("winner", judgement["winner"], (left, right, TIE), DataError)
