@@ -167,7 +167,8 @@ class MeasureCallback(TrainerCallback):
         self.measure = measure
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
-        found = {f"eval_{name}": x for name, x in measured(self.measure, model).items()}
+        found = measured(self.measure, model)
+        found = {f"eval_{name}": float(x) for name, x in found.items()}
         metrics.update(found) # the very dict of which `metric_for_best_model` is taken
         state.log_history.append(found | dict(step=state.global_step, epoch=state.epoch))
 

@@ -12,6 +12,7 @@ from sftlab.errors import DataError, OutputError
 from sftlab.evaluation import (
     Evaluation, Task, answers_html, evaluate, fingerprint, read_evaluation)
 from sftlab.generation import complete
+from sftlab.metrics import MeasureCallback
 from sftlab.models import load
 from sftlab.tiny.pretraining import chat_prompt
 from sftlab.tiny.world import as_messages, examples
@@ -197,6 +198,30 @@ def test_no_text_is_obeyed():
     found = Evaluation([row], {})
     assert "<script>" not in answers_html([row]) + found._repr_html_()
     assert "\x1b" not in repr(found) and r"\x1b[2J" in repr(found)
+
+
+def test_it_measures_inside_trl(tmp_path):
+    "TRL patches the head of the model it trains: answers must stay those of the model."
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.eos_token = "<|im_end|>"
+    rows = Dataset.from_list([as_messages(e) for e in ASKED])
+    found = []
+
+    def ask(model):
+        found.append(evaluate(model, tokenizer, TASKS, **SMALL))
+        return {"exact": found[-1].table["mean"]["shots"]}
+    args = SFTConfig(
+        tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1, save_steps=1, use_cpu=True,
+        load_best_model_at_end=True, metric_for_best_model="eval_exact", greater_is_better=True,
+        bf16=False, report_to=[], disable_tqdm=True, learning_rate=1e-12)
+    trainer = SFTTrainer(copy.deepcopy(MODEL), args, train_dataset=rows, eval_dataset=rows,
+                         processing_class=tokenizer, callbacks=[MeasureCallback(ask)])
+    trainer.train()
+    before = evaluate(MODEL, tokenizer, TASKS, **SMALL)
+    assert [row["output"] for row in found[0].answers] == [row["output"] for row in before.answers]
+    assert len(found) == 2 and trainer.state.best_metric == 1.0
 
 
 def test_the_model_keeps_its_mode_whatever_happens():
