@@ -29,7 +29,7 @@ from sftlab.lora import adapters, inject, merge, train_tokens
 from sftlab.masking import encode
 from sftlab.models import load
 from sftlab.tiny.pretraining import chat_prompt
-from sftlab.tiny.world import as_messages, examples
+from sftlab.tiny.world import ANIMALS, COUNTRIES, as_messages, examples
 from sftlab.training import (PADDING_FREE, TrainingConfig, count_targets, effective_batches,
                              lr_multiplier, new_optimizer, nll_sum, padded, training_steps,
                              warmup_steps)
@@ -299,6 +299,46 @@ def test_no_question_is_among_the_conversations(site):
     assert not {q for some in rows.values() for q, _ in some} & asked
 
 
+def test_what_the_page_says_is_so(site, base):
+    text = (PAGE / "index.html").read_text()
+    assert "2.6 million weights" in text and round(base[0].num_parameters() / 1e5) == 26
+    assert f"{len(COUNTRIES)} countries, {len(ANIMALS)} animals" in text
+    size = sum(f.stat().st_size for f in (site / "data").iterdir() if "conversations" not in f.name)
+    assert f"the models: {size / 1e6:.1f} MB" in text
+    links = re.findall(r'href="\.\./(\w+)\.html"', text)
+    assert len(links) > 4 and all((ROOT / f"nbs/{name}.ipynb").exists() for name in links)
+    asked = re.search(r'<textarea id="prompt".*?>(.*?)<', text)[1]
+    assert f'<span class="asked">{asked}</span>' in text  # its answers: test_talking
+
+
+def luminance(colour):
+    digits = colour[1:] if len(colour) == 7 else "".join(c * 2 for c in colour[1:])
+    parts = [int(digits[i:i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_texts_stand_out():
+    "A contrast of 4.5 or more, light and dark: https://www.w3.org/TR/WCAG22/#contrast-minimum"
+    css = (PAGE / "live.css").read_text()
+    found = re.findall(r"--([\w-]+): light-dark\((#\w+), (#\w+)\)", css)
+    colours = {name: (light, dark) for name, light, dark in found}
+    over = [("ink", "paper"), ("ink", "card"), ("soft", "paper"), ("soft", "card"), ("bad", "card"),
+            ("base", "card"), ("base", "base-soft"), ("instruct", "card"),
+            ("instruct", "instruct-soft"), ("instruct", "paper"), ("ink", "base-soft")]
+    for text, ground in over:
+        for pair in zip(colours[text], colours[ground]):
+            low, high = sorted(map(luminance, pair))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground, pair)
+
+
+def test_no_folder_of_somebody_elses_is_replaced(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="no live page"):
+        live().site(tmp_path)
+    assert (tmp_path / "mine.txt").exists()
+
+
 def damaged(folder, content):
     "Copies of a safetensors file with one fault each, and what is to be said about it."
     length = int.from_bytes(content[:8], "little")
@@ -483,11 +523,15 @@ def test_conversations_of_ones_own(site, browser):
         expect(says).to_contain_text("2 conversations of yours")
         page.get_by_role("button", name="Start fine-tuning").click()
         expect(page.locator("#at")).to_have_text("3")
+        page.locator("[name=size][value='30']").check(force=True)
+        expect(says).to_contain_text("30 conversations of ours")
+        page.locator("[name=size][value=own]").check(force=True)
+        assert "Very tiny." in box.input_value()  # what was written is not lost
         box.fill("Q: x\nA: " + "long " * 600)
         page.get_by_role("button", name="Start anew").click()
         expect(page.locator("#tune-status")).to_contain_text("Conversation 1 has")
         page.get_by_role("button", name="Put ours back").click()
-        expect(says).to_contain_text("300 conversations of ours")
+        expect(says).to_contain_text("conversations of ours")
     assert page.said == []
 
 
@@ -509,11 +553,34 @@ def test_on_a_phone(site, browser, scheme):
     assert page.said == []
 
 
-def test_the_colours_chosen_on_the_site_hold(site, browser):
+NAMELESS = """() => [...document.querySelectorAll("button, input, select, textarea, [tabindex]")]
+    .filter(e => !(e.labels?.length || e.ariaLabel || e.textContent.trim())).length"""
+
+
+def test_every_control_has_a_name_and_a_key_reaches_it(site, browser):
     with served(site) as address, visit(browser, address) as page:
+        assert page.evaluate(NAMELESS) == 0
+        reached = []
+        for _ in range(30):
+            page.keyboard.press("Tab")
+            reached.append(page.evaluate("document.activeElement.id || document.activeElement.name"
+                                         " || document.activeElement.className"))
+        order = ["prompt", "go", "way", "temperature", "pace", "out", "size", "method", "rate",
+                 "start"]
+        places = [reached.index(name) for name in order]
+        assert places == sorted(places)
+
+
+def test_the_colours_chosen_on_the_site_hold_and_motion_may_be_reduced(site, browser):
+    options = dict(reduced_motion="reduce")
+    with served(site) as address, visit(browser, address, **options) as page:
         page.evaluate("localStorage.setItem('quarto-color-scheme', 'alternate')")
         page.reload()
         assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+        bar = "getComputedStyle(document.querySelector('.bar i')).transitionDuration"
+        ask(page)
+        page.locator("[data-who=base] .token").first.click()
+        assert page.evaluate(bar) == "0s"
 
 
 def test_trouble_is_told(site, browser):

@@ -106,6 +106,8 @@ def site(
     to:Path=WORK / "site", # folder, replaced where it exists
 ) -> Path: # the folder
     "Put together what a server has to show."
+    if to.exists() and not (to / "data/manifest.json").is_file():
+        sys.exit(f"{to} is there already, and is no live page: name another folder")
     shutil.rmtree(to, ignore_errors=True)
     for name in page_files():
         (to / name).parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ const LEFT = 34
 const BOTTOM = 22
 const LOW = 0.005
 const TICKS = [10, 1, 0.1, 0.01]
-const MEAN_OF = 8 // steps
 
 function draw(tag, attributes, text = '') {
   const element = document.createElementNS(SVG, tag)
@@ -40,9 +39,10 @@ export class Chart {
     this.draw()
   }
 
-  mean() {
+  mean() { // of so many steps up to each
+    const width = Math.min(8, Math.ceil(this.steps / 15))
     return this.losses.map((_, i) => {
-      const last = this.losses.slice(Math.max(0, i + 1 - MEAN_OF), i + 1)
+      const last = this.losses.slice(Math.max(0, i + 1 - width), i + 1)
       return last.reduce((a, b) => a + b) / last.length
     })
   }

@@ -61,12 +61,14 @@ class Card {
   }
 
   done({ why, rest, cut, count: tokens, text }) {
+    const model = this.model ? ` · ${this.model}` : ''
     if (rest) this.out.append(rest)
     const dots = make('span', { className: 'end never', textContent: '…' })
     if (why === 'length') this.out.append(dots)
     const told = why === 'length' && cut !== null && cut < text.length
       ? 'answered, then wrote the next question' : ENDS[why]
-    this.state.replaceChildren(make('b', { textContent: told }), ` · ${tokens} tokens`)
+    this.state.replaceChildren(make('b', { textContent: told }),
+      ` · ${tokens} tokens${model}`)
     if (cut !== null) this.fade(cut)
   }
 
@@ -134,6 +136,7 @@ function ask(prompt) {
   setBusy(true)
   cards.base.begin(prompt)
   cards.instruct.begin('')
+  cards.instruct.model = trained ? $('#answerer').selectedOptions[0].text : ''
   const seed = Math.floor(Math.random() * 2 ** 32)
   tell('ask', { prompt, way: $('[name=way]:checked').value, answerer: $('#answerer').value, seed,
     temperature: Number($('#temperature').value), pace: Number($('#pace').value) })
@@ -152,6 +155,7 @@ function status(text, bad = false) {
 }
 
 let megabytes = ''
+let trained = false // whether the visitor has a model too
 const tuning = new Tuning(tell)
 const HEARD = {
   progress({ got, all }) {
@@ -197,6 +201,7 @@ const HEARD = {
 }
 
 function hear(data) {
+  if (data.type === 'started') trained = true
   if (HEARD[data.type]) HEARD[data.type](data)
   else tuning.hear(data)
   document.dispatchEvent(new CustomEvent('live', { detail: data }))

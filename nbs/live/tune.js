@@ -60,8 +60,13 @@ export class Tuning {
 
   fillEditor() { // with ours, where it is open and the visitor has not written anything
     const size = chosen('size')
-    if (!$('#own').open || size === 'own' || this.shown === size) return
-    this.tell('examples', { size })
+    if (!$('#own').open || this.shown === size) return
+    if (size === 'own') {
+      $('#conversations').value = this.own
+      this.edited()
+    } else {
+      this.tell('examples', { size })
+    }
   }
 
   examples({ size, pairs }) {
@@ -69,15 +74,17 @@ export class Tuning {
     this.shown = size
     $('#conversations').value = asText(pairs)
     $('#own-says').textContent = `${count(pairs.length)} conversations of ours. Change any of them.`
+    $('#own-says').className = ''
     $('#ours').hidden = true
   }
 
   edited() {
     const own = $('[name=size][value=own]')
     if (chosen('size') !== 'own') this.before = chosen('size')
+    this.own = $('#conversations').value // kept, where ours are looked at in between
     own.closest('label').hidden = false
     own.checked = true
-    this.shown = null
+    this.shown = 'own'
     $('#ours').hidden = false
     this.readOwn()
   }
@@ -99,7 +106,6 @@ export class Tuning {
   putOursBack() {
     $(`[name=size][value="${this.before ?? 300}"]`).checked = true
     $('[name=size][value=own]').closest('label').hidden = true
-    $('#own-says').className = ''
     this.fillEditor()
   }
 
@@ -178,6 +184,7 @@ export class Tuning {
     this.at = 0
     this.steps = steps
     this.chart.begin(steps)
+    $('#before').hidden = this.chart.before.length === 0
     const { rate, pairs, size } = this.settings
     this.status(`${count(trained)} numbers learn, in ${steps} steps, at a rate of ${rate}.`)
     announce(`Fine-tuning has begun: ${steps} steps.`)
