@@ -6,7 +6,7 @@
 __all__ = ['RUBRICS', 'CAUSES', 'make_pairs', 'sides', 'queue', 'SimulatedRater', 'doublings', 'WinRate', 'points', 'mean_score',
            'win_rate', 'causes', 'cohen_kappa', 'fleiss_kappa', 'judgements_needed', 'wins_table', 'bradley_terry']
 
-# %% ../nbs/17_human_evaluation.ipynb #95bffe9f
+# %% ../nbs/17_human_evaluation.ipynb #0e00f350
 import json
 import math
 import random
@@ -21,7 +21,7 @@ import numpy as np
 from .generation import wilson_interval # lesson 01
 from .guards.judging import (
     TIE, check_answers, check_compared, check_judgement, check_rankable, check_raters,
-    check_separable, check_share, check_two_raters)
+    check_separable, check_share, check_two_models, check_two_raters)
 
 # %% ../nbs/17_human_evaluation.ipynb #87aa1609
 RUBRICS = { # what an answer may get points for, next to the choice
@@ -143,7 +143,7 @@ def win_rate(
     means = [statistics.fmean(scores) for scores in by_item.values()]
     return WinRate(*mean_score(means), len(means), sum(map(len, by_item.values())))
 
-# %% ../nbs/17_human_evaluation.ipynb #0ce6d106
+# %% ../nbs/17_human_evaluation.ipynb #988fb3d0
 CAUSES = ("model", "left side", "twice as long")
 
 def causes(
@@ -152,7 +152,8 @@ def causes(
     answers:dict, # model -> its answers, one a prompt
 ) -> dict: # cause -> (effect in log-odds, low end, high end)
     """Tell model, side and length apart by a logistic regression; the 95 % intervals are over
-    prompts. Raises a `DataError` where they cannot be told apart."""
+    prompts. Raises a `DataError` where they cannot be told apart, or a third model plays."""
+    check_two_models(judgements, model)
     texts = [[answers[j[side]][j["item"]] for side in ("left", "right")] for j in judgements]
     x = np.array([[1 if j["left"] == model else -1, 1, doublings(*two)]
                   for j, two in zip(judgements, texts)])

@@ -54,9 +54,10 @@ several = st.lists(st.tuples(st.integers(0, 9), winners, st.sampled_from("xyz"),
 
 def test_every_two_models_on_every_prompt():
     pairs = make_pairs(["p", "q"], {"c": ["1", "2"], "a": ["3", "4"], "b": ["5", "6"]})
-    assert [pair["pair"].split(" #")[0] for pair in pairs] == [
-        "0: a, b", "0: a, c", "0: b, c", "1: a, b", "1: a, c", "1: b, c"]
-    assert pairs[4] | {"pair": ""} == dict(pair="", item=1, prompt="q", answers={"a": "4", "c": "2"})
+    names = [pair["pair"].split(" #")[0] for pair in pairs]
+    assert names == ["0: a, b", "0: a, c", "0: b, c", "1: a, b", "1: a, c", "1: b, c"]
+    assert (pairs[4]["item"], pairs[4]["prompt"]) == (1, "q")
+    assert pairs[4]["answers"] == {"a": "4", "c": "2"}
 
 
 def test_other_answers_of_the_same_models_are_other_pairs():
@@ -136,13 +137,14 @@ def test_other_pairs_do_not_count_and_ties_narrow():
 
 # --- causes
 
-def study(n=150, raters=2, seed=0):
+def study(n=150, raters=2, seed=0, **likes):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 60, (2, n))
     answers = {m: ["x" * k for k in row] for m, row in zip("ab", lengths.tolist())}
     pairs = make_pairs(["?"] * n, answers)
     right = {m: rng.random(n) < 0.5 for m in "ab"}
-    group = [SimulatedRater(f"r{i}", left=0.5, length=0.7, tie=0.6) for i in range(raters)]
+    likes = dict(left=0.5, length=0.7, tie=0.6) | likes
+    group = [SimulatedRater(f"r{i}", **likes) for i in range(raters)]
     return answers, [r.judge(p, {m: right[m][p["item"]] for m in "ab"})
                      for p in pairs for r in group]
 
@@ -163,6 +165,14 @@ def test_causes_equal_a_logistic_regression_with_errors_by_prompt():
     other = causes(judgements, "b", answers)
     assert other["model"][0] == pytest.approx(-found["model"][0])
     assert other["left side"] == pytest.approx(found["left side"])
+
+
+def test_what_was_built_in_is_found_where_nothing_hides_it():
+    answers, judgements = study(1500, care=0, tie=0)
+    effects = causes(judgements, "a", answers)
+    for cause, built_in in {"left side": 0.5, "twice as long": 0.7, "model": 0}.items():
+        effect, low, high = effects[cause]
+        assert low < built_in < high and high - low < 0.25, cause
 
 
 def test_a_model_that_is_always_longer_cannot_be_told_from_its_length():
