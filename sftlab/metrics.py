@@ -122,7 +122,7 @@ def bootstrap_interval(
     resamples:int=10_000, # how often the questions are drawn anew
     seed:int=0, # of the draws
 ) -> tuple: # low and high end
-    """A 95 % interval of the mean: draw as many questions again, with putting back, and see how far
+    """A 95 % interval of the mean: draw as many questions, with replacement, and see how far
     the mean moves. Raises a `DataError` for scores that are no finite numbers."""
     scores = check_scores(scores)
     dice = np.random.default_rng(seed)
