@@ -1,10 +1,12 @@
 // Runs the live page's modules in node, for test_live.py: a job as JSON comes in, JSON goes out.
 import { readFileSync } from 'node:fs'
+import { asText, fromText } from '../nbs/live/conversations.js'
 import { Llama, mergeAdapter, plain, readSafetensors } from '../nbs/live/engine.js'
 import { Kernel, compile, roomForAll } from '../nbs/live/kernel.js'
 import { generate, random } from '../nbs/live/sampling.js'
 import { ChatTokenizer, cutAt, fewShot } from '../nbs/live/tokenizer.js'
 import { Trainer, batches, rateAt } from '../nbs/live/trainer.js'
+import { interval } from '../nbs/live/tune.js'
 
 const job = JSON.parse(readFileSync(0, 'utf8'))
 const bytes = path => {
@@ -114,6 +116,11 @@ const JOBS = {
       return error.message
     }
   },
+  texts: () => ({
+    intervals: job.shares.map(([right, n]) => interval(right, n)),
+    kept: Object.values(json('conversations.json')).map(pairs => (
+      JSON.stringify(fromText(asText(pairs))) === JSON.stringify(pairs))),
+  }),
   schedule: () => ({
     rates: job.lengths.map(n => Array.from({ length: n }, (_, i) => rateAt(i, n))),
     batches: batches(job.rows, { dice: random(job.seed) }),

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from lab import QUIET, find_browser
 from sftlab.files.adapters import adapter_tensors, load_adapter
-from sftlab.generation import few_shot_prompt, truncate_at_stop
+from sftlab.generation import few_shot_prompt, truncate_at_stop, wilson_interval
 from sftlab.lora import adapters, inject, merge, train_tokens
 from sftlab.masking import encode
 from sftlab.models import load
@@ -214,20 +214,27 @@ def prepared(method, folder):
     return model, rows
 
 
+def long_row(tokenizer):
+    answers = " ".join(e["answer"] for e in examples("train", 40))
+    return encode(tokenizer, as_messages(dict(question="Say a lot.", answer=answers))["messages"])
+
+
 def for_page(rows): return [dict(ids=r["input_ids"], labels=r["labels"]) for r in rows]
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_gradients_are_those_of_torch(node, method, tmp_path):
+def test_gradients_are_those_of_torch(node, base, method, tmp_path):
     model, rows = prepared(method, tmp_path)
-    batch = padded(rows[:8])
+    rows = rows[:6] + [long_row(base[1])] * 2  # more than one pass has room for
+    assert sum(len(row["input_ids"]) for row in rows) > 640
+    batch = padded(rows)
     loss = nll_sum(model, batch) / count_targets(batch)
     loss.backward()
     wanted = dict(model.named_parameters())
     if method == "lora":
         wanted = {name: p for name, p in adapter_tensors(model).items()}
     save_file({name: p.grad.contiguous() for name, p in wanted.items()}, tmp_path / "g.safetensors")
-    found = node("gradients", settings=dict(method=method), rows=for_page(rows[:8]),
+    found = node("gradients", settings=dict(method=method), rows=for_page(rows),
                  first=str(tmp_path / "first.safetensors"),
                  gradients=str(tmp_path / "g.safetensors"))
     assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -265,6 +272,14 @@ def test_a_loss_that_is_no_number_ends_the_run(node, base):
     assert "learning rate is too high" in node("explode", rows=for_page([row]))
     nothing = [dict(ids=row["input_ids"], labels=[-100] * len(row["labels"]))]
     assert "Nothing is learned" in node("explode", rows=nothing)
+
+
+def test_intervals_are_the_courses_and_editing_loses_nothing(node):
+    shares = [[0, 60], [1, 60], [42, 60], [60, 60]]
+    found = node("texts", shares=shares)
+    for ours, share in zip(found["intervals"], shares):
+        assert ours == pytest.approx(wilson_interval(*share))
+    assert found["kept"] == [True] * 4
 
 
 # --- files: what is built, what is damaged
@@ -470,6 +485,26 @@ def test_talking(site, browser):
         assert page.locator("[data-who=base] .after").count() and "Brasilia" in base
         typed, _ = ask(page, "<b>x</b><|im_end|>")
         assert "<b>x</b><|im_end|>" in typed and page.locator(".out b").count() == 0
+    assert page.said == []
+
+
+def test_a_question_in_between(site, browser):
+    "Asked while the answers to another are being written: those end without a trace."
+    with served(site) as address, visit(browser, address) as page:
+        page.locator("#pace").select_option("400")
+        page.locator("#go").click()
+        page.locator("[data-who=base] .token").nth(2).wait_for()
+        page.locator("#pace").select_option("0")
+        page.get_by_role("button", name="Calculate 87 - 25.").click()
+        expect(page.locator("#status")).to_contain_text("tokens a second")
+        page.wait_for_timeout(600)
+        base, instruct = page.locator(".out").all_inner_texts()
+        assert base.startswith("Calculate") and instruct == "87 - 25 = 62stops"
+        page.locator("#pace").select_option("400")
+        page.locator("#go").click()
+        page.locator("[data-who=base] .token").nth(2).wait_for()
+        page.get_by_role("button", name="Stop").click()
+        expect(page.locator("[data-who=base] .state")).to_contain_text("you stopped it")
     assert page.said == []
 
 

@@ -204,7 +204,6 @@ function hear(data) {
   if (data.type === 'started') trained = true
   if (HEARD[data.type]) HEARD[data.type](data)
   else tuning.hear(data)
-  document.dispatchEvent(new CustomEvent('live', { detail: data }))
 }
 
 // --- controls

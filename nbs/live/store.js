@@ -33,15 +33,14 @@ export class Store {
     this.cache = await globalThis.caches?.open(CACHE)
     const url = new URL('manifest.json', FOLDER)
     const kept = await this.cache?.match(url)
-    let list
     try {
-      list = await fetched(url, 'manifest.json')
-      this.cache?.put(url, list.clone())
+      const text = await (await fetched(url, 'manifest.json')).text()
+      this.files = JSON.parse(text)
+      await this.cache?.put(url, new Response(text))
     } catch (error) {
       if (!kept) throw error
-      list = kept // there is no network
+      this.files = await kept.json() // there is no network
     }
-    this.files = await list.json()
     await this.forgetOthers(url)
   }
 

@@ -15,6 +15,9 @@ export class Trainer {
   constructor(config, tensors, module, settings = {}) {
     checkConfig(config)
     const c = config
+    if (c.num_key_value_heads * c.head_dim !== c.hidden_size) {
+      throw new Error('config.json describes a model that this page cannot train.')
+    }
     this.config = c
     this.settings = { ...SETTINGS, ...settings }
     this.size = Object.values(tensors).reduce((sum, t) => sum + t.data.length, 0)

@@ -50,14 +50,15 @@ class Answer { // of one model, as it grows
 export class Talk {
   constructor(send) {
     this.send = send
-    this.number = 0 // of the question that may go on
+    this.newest = 0 // the number of the question that may go on
+    this.stopped = 0 // and of one that may not
   }
 
-  stop() { this.number++ }
+  stop() { this.stopped = this.newest }
 
   // way: "plain" or "few-shot", for the base; answerer: "instruct" or "mine", in the template
   async ask(loaded, { prompt, way, answerer, pace, ...settings }) {
-    const mine = ++this.number
+    const mine = ++this.newest
     const { models, tokenizer, questions } = await loaded
     const text = way === 'few-shot' ? fewShot(questions.shots, prompt) : prompt
     if (!models[answerer]) throw new Error('There is no model of yours: fine-tune one first.')
@@ -69,7 +70,7 @@ export class Talk {
     let milliseconds = 0
     let count = answers.reduce((sum, { given }) => sum + given.length, 0) // read or written
     let alive = answers
-    while (alive.length > 0 && mine === this.number) {
+    while (alive.length > 0 && mine > this.stopped) {
       for (const answer of alive) {
         const began = performance.now()
         const step = answer.next()
@@ -81,6 +82,7 @@ export class Talk {
       }
       alive = alive.filter(answer => !answer.over)
       await (pace > 0 ? pause(pace) : breath())
+      if (mine !== this.newest) return // another question was asked meanwhile
     }
     for (const answer of alive) this.end(answer, 'cut', way)
     this.send('asked', { perSecond: count / milliseconds * 1000 })
