@@ -189,14 +189,16 @@ def ask(
     body = dict(model=name, messages=messages, max_tokens=max_tokens, temperature=0) | settings
     sent = fetch(url, "/v1/chat/completions", body, seconds)
     check_answer(sent, url, "choices", 0, "message", "role")
-    choice = sent["choices"][0]
-    count = (sent.get("usage") or {}).get("prompt_tokens")
+    choice, used = sent["choices"][0], sent.get("usage")
+    count = used.get("prompt_tokens") if isinstance(used, dict) else None
     text = choice["message"].get("content") or ""
     return Answer(text, count, ids=_ids_told(choice), ended=choice.get("finish_reason"))
 
 def _ids_told(choice) -> list: # llama.cpp tells them if asked with logprobs=True
-    told = (choice.get("logprobs") or {}).get("content") or [{}]
-    return [token.get("id") for token in told] if "id" in told[0] else None
+    try:
+        return [token["id"] for token in choice["logprobs"]["content"]]
+    except (KeyError, TypeError): # most servers do not
+        return None
 
 # %% ../nbs/22_serving.ipynb #l15
 def _llama_cpp_ids(url, name, messages, seconds):

@@ -184,9 +184,11 @@ def test_bad_answers_are_one_line(told, said):
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize("usage", [None, {}, dict(prompt_tokens=None)])
-def test_what_a_server_does_not_tell_is_unknown(usage):
-    choice = dict(message=dict(role="assistant", content=None), finish_reason=None)
+@pytest.mark.parametrize("usage", [None, {}, dict(prompt_tokens=None), [1], "many"])
+@pytest.mark.parametrize("logprobs", [None, {}, [], dict(content=None), dict(content=[dict(a=1)])])
+def test_what_a_server_does_not_tell_is_unknown(usage, logprobs):
+    message = dict(role="assistant", content=None)
+    choice = dict(message=message, finish_reason=None, logprobs=logprobs)
     with telling(body=json.dumps(dict(choices=[choice], usage=usage)).encode()) as (url, _):
         assert ask(url, "tiny", MESSAGES) == Answer("", None)
         assert prompt_ids_there(url, "tiny", MESSAGES) is None
@@ -417,6 +419,17 @@ def test_openais_client_hears_the_same(served, tiny):
             assert ours.ended == theirs.choices[0].finish_reason
 
 
+@pytest.mark.slow
+def test_what_transformers_serve_cannot_do(served, tiny):
+    "Limits that lesson 22 tells: when this fails, they have gone."
+    url, name = served
+    with pytest.raises(ServingError, match="500"):
+        ask(url, name, MESSAGES, 4, stop=[])
+    export_gguf(*tiny, f"{name}/m.gguf", pre="gpt-2", kind="F32")
+    with pytest.raises(ServingError, match="500"):
+        ask(url, f"{name}:m.gguf", MESSAGES, 4)
+
+
 TASK = """\
 task: asked
 dataset_path: json
@@ -425,13 +438,14 @@ test_split: test
 output_type: generate_until
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: [], max_gen_toks: 12, do_sample: false}}
+generation_kwargs: {{until: ["\\n\\n\\n"], max_gen_toks: 12, do_sample: false}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """
 
 
 @pytest.mark.slow
 def test_lm_eval_gives_one_score_here_and_there(served, tiny, tmp_path, monkeypatch):
+    pytest.importorskip("tenacity", reason="lm-eval asks servers with it: pip install lm-eval[api]")
     evaluator = pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
     url, name = served
