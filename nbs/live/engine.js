@@ -210,16 +210,16 @@ export class Llama {
     for (let i = 0; i < x.length; i++) x[i] += add[i]
   }
 
-  attend(to, from, cache, position) { // one head: where it is in q, and in k and v
+  attend(to, from, { k, v }, position) { // one head: where it is in q, and in k and v
     const { head_dim: dim } = this.config
-    const { q, k, att } = this.tmp
+    const { q, att } = this.tmp
     const { scores } = this
-    const width = k.length
+    const width = this.tmp.k.length
     let max = -Infinity
     for (let t = 0; t <= position; t++) {
       let s = 0
       const at = t * width + from
-      for (let i = 0; i < dim; i++) s += q[to + i] * cache.k[at + i]
+      for (let i = 0; i < dim; i++) s += q[to + i] * k[at + i]
       scores[t] = s / Math.sqrt(dim)
       if (scores[t] > max) max = scores[t]
     }
@@ -231,7 +231,7 @@ export class Llama {
     for (let t = 0; t <= position; t++) {
       const p = scores[t] / total
       const at = t * width + from
-      for (let i = 0; i < dim; i++) att[to + i] += p * cache.v[at + i]
+      for (let i = 0; i < dim; i++) att[to + i] += p * v[at + i]
     }
   }
 

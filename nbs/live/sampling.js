@@ -8,19 +8,24 @@ export function argmax(values) {
 
 export function softmax(logits, temperature = 1) {
   const max = logits[argmax(logits)]
-  const p = logits.map(v => Math.exp((v - max) / temperature))
-  const total = p.reduce((a, b) => a + b, 0)
-  return p.map(v => v / total)
+  const p = new Float32Array(logits.length)
+  let total = 0
+  for (let i = 0; i < p.length; i++) {
+    p[i] = Math.exp((logits[i] - max) / temperature)
+    total += p[i]
+  }
+  for (let i = 0; i < p.length; i++) p[i] /= total
+  return p
 }
 
 export function likeliest(p, n) { // the n most likely, as [id, probability]
   const best = []
-  p.forEach((chance, id) => {
-    if (best.length === n && chance <= best[n - 1][1]) return
-    const place = best.findIndex(([, other]) => other < chance)
-    best.splice(place < 0 ? best.length : place, 0, [id, chance])
+  for (let id = 0; id < p.length; id++) {
+    if (best.length === n && p[id] <= best[n - 1][1]) continue
+    const place = best.findIndex(([, other]) => other < p[id])
+    best.splice(place < 0 ? best.length : place, 0, [id, p[id]])
     best.length = Math.min(best.length, n)
-  })
+  }
   return best
 }
 
