@@ -88,7 +88,7 @@ def plot_contamination(
         spread = [x - 0.2 + 0.4 * i / max(1, len(values) - 1) for i in range(len(values))]
         right.plot(spread, values, MARKERS[x], color=colors[x], markersize=3, alpha=0.6)
         mean = sum(values) / len(values)
-        right.plot([x - 0.3, x + 0.3], [mean, mean], color=TEXT, linewidth=2.5)
+        right.plot([x - 0.3, x + 0.3], [mean, mean], color=TEXT, linewidth=2.5, zorder=5)
     right.axhline(0, color=PALETTE["grey"], linestyle="--", linewidth=1)
     right.set_xticks(range(len(gaps)), gaps)
     right.set(ylabel="loss: reworded minus test row", xlim=(-0.6, len(gaps) - 0.4))
