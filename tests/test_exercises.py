@@ -173,6 +173,7 @@ KEYS = {
     "quantization": "smaller apart compensate merged keep worse_after_merge",
     "packing": "lengths rows_a_step readers repair longest faster_and_worse",
     "neftune": "alpha repair alpha_at six_points",
+    "metrics": "same_tokens gap several repair best_limit best_of_twelve",
     "judging": "leaning plan repair prefer_it",
 }
 
