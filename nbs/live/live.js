@@ -201,7 +201,10 @@ const HEARD = {
 }
 
 function hear(data) {
-  if (data.type === 'started') trained = true
+  if (data.type === 'started' && !trained) {
+    trained = true // from now on an answer says by which model it is
+    if (cards.instruct.steps.length) cards.instruct.state.append(' · ours: 1,000')
+  }
   if (HEARD[data.type]) HEARD[data.type](data)
   else tuning.hear(data)
 }
