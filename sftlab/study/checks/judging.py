@@ -6,12 +6,13 @@
 __all__ = ['LESSON', 'q1', 'q2', 'q3', 'q4', 'study']
 
 # %% ../../../exercises/solutions/17_judging.ipynb #b7000004
+import functools
 import math
 import random
 import statistics  # noqa: F811
 from collections.abc import Mapping
 
-from ..exercises import OpenQuestion, Question
+from ..exercises import OpenQuestion, Question, some_of
 
 LESSON = "17 Human evaluation"
 
@@ -122,6 +123,17 @@ def _(js): return _leaning(js, lambda sides: (sides.count("left"), len(sides)))
     "sides, and many of them hide a leaning. Leave ties out.")
 def _(js):
     return _leaning(js, lambda sides: (sides.count("left") + sides.count("tie") / 2, len(sides)))
+
+@q1.mistake("a mean score",
+    "you take the mean score, in which a tie counts half. Right for a win rate; but a tie says "
+    "nothing of sides. Leave ties out.")
+def _(js):
+    from sftlab.judging import mean_score
+    def side(left, n): # of what `count` kept
+        low, high = mean_score(left)[1:]
+        return "left" if low > 0.5 else "right" if high < 0.5 else None
+    worth = dict(left=1.0, tie=0.5, right=0.0)
+    return _leaning(js, lambda sides: ([worth[s] for s in sides], len(sides)), side)
 
 @q1.mistake("ties count as left",
     "you count what is not right as left: a tie is neither.")
@@ -263,18 +275,16 @@ def _(rng):
     def below_zero(): # raters differ, and the prompts' means do not
         scores = rng.sample([[1.0, 0.0], [0.0, 1.0]] * 3, 5)
         size = rng.choice([1, 2, 10])
-        return scores, 90 * size, 10 * size, 5 * size, 5
+        return scores, 120 * size, 10 * size, 5 * size, 5
     return [
         ([[1, 0], [0, 1], [1, 0]], 100, 5, 1, 3), ([[1, 0], [1, 1]], 100, 20, 1, 5),
         ([[1, 1], [0, 0], [1, 1], [0.5, 0.5]], 120, 10, 2, 5),
-        ([[1, 1], [0, 0], [1, 0]], 60, 0, 3, 4),
-        ([[1, 0, 1], [0, 0, 0], [1, 1, 0.5]], 90, 29, 1, 8),
-        ([[1, 0, 0], [0, 1, 0.5], [1, 1, 0], [0, 0, 0]], 37, 20, 4, 8),
-        ([[1, 0, 0], [1, 1, 1], [1, 1, 1], [0.5, 1, 0], [1, 1, 0.5]], 300, 20, 4, 6),
-        ([[1, 1], [0, 0], [0, 0.5], [1, 0]], 200, 10, 4, 8),
-        ([[0, 0, 0.5], [0, 1, 0.5], [0, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]], 600, 1, 1, 8),
-        ([[1, 0], [1, 0.5], [1, 0.5], [1, 0]], 60, 20, 3, 5),
-        ([[1, 0], [0, 0], [0, 1], [0.5, 0]], 60, 30, 4, 8), below_zero(), clear(30, 2),
+        ([[1, 1], [0, 0], [1, 0]], 60, 0, 3, 4), ([[1, 1], [0, 0], [1, 0]], 100, 10, 10, 10),
+        ([[0.5, 0, 0], [0, 0.5, 0.5], [0.5, 1, 1], [1, 1, 0]], 300, 20, 3, 8),
+        ([[0, 1], [0.5, 0.5], [1, 1], [0.5, 0], [1, 0], [0.5, 0.5]], 300, 20, 4, 6),
+        ([[1, 1], [1, 0], [0, 0], [0, 0.5], [0, 0], [0.5, 0.5]], 200, 10, 3, 6),
+        ([[1, 0, 0], [1, 1, 0], [0.5, 1, 0.5], [0, 0, 1], [0, 1, 1], [0, 0, 1]], 60, 10, 2, 6),
+        below_zero(), clear(30, 2),
         clear(12, 3, agree=0.9), *[clear() for _ in range(6)]]
 
 @q2.called
@@ -316,7 +326,9 @@ def _clear(*args): # whether one plan is best, in ways that are wrong, too
     ways = [_variances(*args), _variances(*args, between=lambda pilot: 0),
             _variances(*args[:-1], args[-1] - 1), _variances(*args, prompts=upward)]
     ordered = [sorted(way.values()) for way in ways]
-    return all(len(some) > 1 and some[1] > 1.005 * some[0] > 0 for some in ordered)
+    if any(len(some) < 2 or some[1] < 1.005 * some[0] or not some[0] for some in ordered):
+        return False
+    return _plan(*args)[0] > 2 # a study has more prompts than one or two
 
 def _plan(*args, pick=min, **changes):
     made = _variances(*args, **changes)
@@ -363,6 +375,19 @@ def _(*args):
     return _plan(*args, prompts=lambda budget, first, each, k: budget / (first + k * each))
 
 # %% ../../../exercises/solutions/17_judging.ipynb #b7000024
+@q2.mistake("rounded down too late",
+    "you choose among plans with parts of prompts, and round down afterwards. Round each plan down "
+    "first: one that leaves half a prompt over may no longer be the best.")
+def _(*args):
+    n, k = _plan(*args, prompts=lambda budget, first, each, k: budget / (first + k * each))
+    return int(n), k
+
+@q2.mistake("raters paid once",
+    "you pay k judgements once for the whole study. Each prompt is judged k times.")
+def _(*args):
+    return _plan(*args, prompts=lambda budget, first, each, k: int(
+        (budget - k * each) // (first or each)))
+
 @q2.mistake("the means' variance",
     "you take the variance of the prompts' means as between. Part of that comes from the raters: "
     "take within / (the pilot's raters) off.")
@@ -377,6 +402,10 @@ def _(*args): return _plan(*args, between=lambda p: max(0, _means_vary(p) - _wit
     "where raters differ much, your between falls below zero, and more raters make things worse "
     "in your sums. A variance is at least 0.")
 def _(*args): return _plan(*args, between=lambda p: _means_vary(p) - _within(p) / len(p[0]))
+
+@q2.mistake("between without its sign",
+    "where your between falls below zero, you drop the sign. It is 0 then.")
+def _(*args): return _plan(*args, between=lambda p: abs(_means_vary(p) - _within(p) / len(p[0])))
 
 @q2.mistake("all scores in one",
     "your between is the variance of all scores, whichever prompt they belong to. Raters vary in "
@@ -504,7 +533,7 @@ def _(rng):
         rng.shuffle(made)
         return (rng.sample(rows := _rows(*made), len(rows)),)
     return [
-        (_rows("left"),), (_rows("left*", "left"),), (_rows("left", "tie"),),
+        (_rows("left", "left"),), (_rows("left*", "left"),), (_rows("left", "tie"),),
         (_rows("right", "right*"),),
         (_rows("left left right", "left left left"),), (_rows("tie tie", "left left"),),
         (_rows("left left*", "right right"),),
@@ -553,6 +582,16 @@ _FAULTS = {
         "every difference looks larger and more certain."}
 
 q3.faults(_FAULTS, _win_share)
+
+def _by_side(log, faults=()): # ties are wins, and then turned round with their side
+    won = [row | dict(choice="left" if row["choice"] == "tie" else row["choice"]) for row in log]
+    return _win_share(won, faults)
+
+for _some in [(), *some_of(["raters", "disagreement"])]: # that are left as well
+    q3.mistake(", ".join(["ties by their side", *_some]), " And: ".join([
+        "a tie is a win where the new model was on the left, and a loss where it was on the right. "
+        "It is half a win on either side.", *[_FAULTS[name] for name in _some]]))(
+            functools.partial(_by_side, faults=_some))
 
 # %% ../../../exercises/solutions/17_judging.ipynb #b7000056
 @q3.mistake("ties are left out",
@@ -612,6 +651,28 @@ def _(log):
     from sftlab.generation import wilson_interval
     return _win_share(log, interval=lambda scores: (
         statistics.fmean(scores), *wilson_interval(sum(scores), len(scores))))
+
+@q3.mistake("judgements as coins",
+    "your interval takes all judgements for coins, as if each had a prompt of its own. Call "
+    "`mean_score` with one number a prompt.")
+def _(log):
+    from sftlab.generation import wilson_interval
+    return _win_share(log, faults=("raters",), interval=lambda scores: (
+        statistics.fmean(scores), *wilson_interval(sum(scores), len(scores))))
+
+def _normal(scores, sd): # mean and 1.96 standard errors
+    share, half = statistics.fmean(scores), 1.96 * sd(scores) / math.sqrt(len(scores))
+    return share, share - half, share + half
+
+@q3.mistake("the plain interval",
+    "you take the mean plus and minus 1.96 standard errors. That can leave 0 to 1, and where all "
+    "prompts agree it is a point: `mean_score` of the lesson has neither fault.")
+def _(log): return _win_share(log, interval=lambda scores: _normal(scores, statistics.stdev))
+
+@q3.mistake("the plain interval, over the count",
+    "you take the mean plus and minus 1.96 standard errors. That can leave 0 to 1, and where all "
+    "prompts agree it is a point: `mean_score` of the lesson has neither fault.")
+def _(log): return _win_share(log, interval=lambda scores: _normal(scores, statistics.pstdev))
 
 @q3.mistake("an interval over judgements",
     "the win rate is right, and its interval is still over judgements. Call `mean_score` with one "
