@@ -5,7 +5,7 @@ DEV := .venv/.installed-dev
 PINS := settings.ini setup.py pyproject.toml constraints.txt tools/setup.sh tools/uv_settings.py
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-quick test-all lint bench experiments lessons exercises nbgrader docs readme tiny-model gates clean
+.PHONY: help lab test test-quick test-all lint bench experiments lessons exercises nbgrader docs live readme tiny-model gates clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -33,7 +33,7 @@ test-all: $(DEV) lint ## whole matrices, and as many kills as patience allows: w
 lint: $(DEV) ## check the form of notebooks, tests and tools
 	@$(BIN)/ruff check --quiet .
 
-bench: $(DEV) ## time our training and data preparation against TRL's, on a quiet machine (SFTLAB_REAL_DATA=… for real files too)
+bench: $(DEV) ## time our training, packing and data preparation against TRL's, on a quiet machine (SFTLAB_REAL_DATA=… for real files too)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -c "from sftlab.study.bench import main; main()"
 
 NAME ?= all
@@ -55,6 +55,9 @@ lessons: $(DEV) ## bring index, README, exercises' list and website in step with
 docs: $(DEV) ## build the website in _docs/ (needs Quarto)
 	@$(BIN)/python tools/docs.py
 
+live: $(DEV) ## serve the live page, the tiny model in a browser, on http://127.0.0.1:8000
+	@$(BIN)/python tools/live.py serve
+
 readme: $(DEV) ## make README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
@@ -65,5 +68,5 @@ gates: $(DEV) ## measure whether the tiny model behaves as the lessons need
 	@$(BIN)/python -c "from sftlab.tiny.gates import gates; gates()"
 
 clean: ## remove what builds and tests leave behind (keeps .venv, workspace/ and runs/)
-	rm -rf build dist *.egg-info _proc _docs .pytest_cache .hypothesis
+	rm -rf build dist *.egg-info _proc _docs _live .pytest_cache .hypothesis
 	find . -name .venv -prune -o -name workspace -prune -o -name __pycache__ -prune -exec rm -rf {} +

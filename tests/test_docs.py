@@ -17,6 +17,9 @@ NOTEBOOKS = [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("nbs/**/*.
              if not p.parent.name.startswith(".")]
 
 
+sys.path.insert(0, str(ROOT / "tools"))  # tools import one another
+
+
 def tool(name):
     "One of the project's tools, as a module."
     spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
@@ -181,6 +184,12 @@ def test_readme_links_lead_somewhere():
     assert any(t.endswith("before_after.png") for t in targets)
     inside = [t for t in targets if not re.match(r"[a-z]+:|#", t)]
     assert [t for t in inside if not (ROOT / t).exists()] == []
+
+
+def test_the_live_page_goes_with_the_site(site):
+    assert (site / "nbs/live/index.html").is_file() and (site / "nbs/live/data").is_dir()
+    targets = [entry["href"] for entry in CONFIG["website"]["navbar"]["left"]]
+    assert "nbs/live/index.html" in targets and "nbs/live/**" in CONFIG["project"]["resources"]
 
 
 def test_glossary_terms_are_unique_and_explained():

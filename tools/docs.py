@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import live
 import yaml
 from execnb.nbio import mk_cell, read_nb, write_nb
 from nbdev.processors import FilterDefaults
@@ -101,6 +102,7 @@ def prepare(
             process(name, to)
     for images in ROOT.glob("nbs/**/images"):
         shutil.copytree(images, to / images.relative_to(ROOT))
+    live.site(to / "nbs/live")
     shutil.copy(ROOT / "_quarto.yml", to)
 
 
