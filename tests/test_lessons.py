@@ -75,14 +75,17 @@ LINE = ('- {notebook: 99_doubling, title: "Doubling", see: "twice as much", exer
 
 
 @pytest.fixture(scope="module")
-def grown(lessons, tmp_path_factory):
+def grown(tmp_path_factory):
     "The project with one more lesson, made as CONTRIBUTING says."
     root = copy_project(tmp_path_factory.mktemp("grown"))
     table = root / "tools/lessons.yml"
-    rows = [line for line in table.read_text().splitlines(keepends=True)]
-    there = [line for line in rows if line.startswith("#") or "notebook:" in line]
-    number = f"{len(lessons.written()) + 1:02}"
-    table.write_text("".join(there) + LINE.replace("99", number))
+    lines = table.read_text().splitlines(keepends=True)
+    rows = [i for i, line in enumerate(lines) if line.startswith("- ")]
+    planned = [i for i in rows if "notebook:" not in lines[i]]
+    place = planned[0] if planned else len(lines)  # it takes the place of a planned one
+    number = f"{sum(i < place for i in rows) + 1:02}"
+    lines[place:place + 1] = [LINE.replace("99", number)]
+    table.write_text("".join(lines))
     notebook(root / f"nbs/{number}_doubling.ipynb",
              ("markdown", "# Doubling\n\n> Twice as much."),
              ("code", "#| default_exp doubling"),
@@ -122,8 +125,8 @@ def test_one_more_lesson_passes_the_checks_of_the_others(grown):
     root, number = grown
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
                "tests/test_docs.py", "tests/test_form.py", "tests/test_lessons.py",
-               "-k", "not grown and not one_more"]
+               "-k", "doubling or (not nbs and not grown and not one_more)"]
     done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)},
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert f"{number}_doubling" not in done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 40
