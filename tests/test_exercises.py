@@ -174,6 +174,7 @@ KEYS = {
     "packing": "lengths rows_a_step readers repair longest faster_and_worse",
     "neftune": "alpha repair alpha_at six_points",
     "metrics": "same_tokens gap several repair best_limit best_of_twelve",
+    "benchmarks": "copied repair best_forms from_41_to_74",
     "judging": "leaning plan repair prefer_it",
 }
 
