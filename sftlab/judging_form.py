@@ -8,12 +8,13 @@ __all__ = ['KEYS', 'CHOICES', 'TOO_QUICK', 'shown', 'answer_html', 'RatingForm']
 # %% ../nbs/reference/judging_form.ipynb #645ede2a
 import time
 from html import escape
+from itertools import takewhile
 
 from .errors import DataError, SftlabError
 from .files.judgements import Judgements
-from .guards.judging import TIE
+from .guards.judging import SKIP, TIE
 from .guards.options import check_choice
-from .judging import RUBRICS, queue, sides
+from .judging import RUBRICS, equal, queue, sides
 
 # %% ../nbs/reference/judging_form.ipynb #71dbd620
 _HIDDEN = (*range(9), *range(11, 32), *range(127, 160), 0x200E, 0x200F, *range(0x202A, 0x202F),
@@ -39,8 +40,8 @@ def answer_html(
     return f"<b>{escape(title)}</b>" + _FRAME.format(escape(title), inner)
 
 # %% ../nbs/reference/judging_form.ipynb #6c784fdb
-KEYS = {"l": "left", "r": "right", "t": TIE, "u": "undo"}
-CHOICES = dict(left="Left is better", tie="Tie", right="Right is better")
+KEYS = {"l": "left", "r": "right", "t": TIE, "s": SKIP, "u": "undo"}
+CHOICES = dict(left="Left is better", tie="Tie", right="Right is better", skip="Skip")
 TOO_QUICK = 0.5 # seconds: nobody has read two answers in that time
 
 class RatingForm:
@@ -56,7 +57,9 @@ class RatingForm:
         if not (isinstance(rater, str) and rater.strip()):
             raise DataError(f"the rater is {rater!r}: a name is needed, to find the place again")
         self.store = path if isinstance(path, Judgements) else Judgements(path)
-        self.pairs, self.rater, self.seed = queue(pairs, rater, seed), rater, seed
+        self.rater, self.seed = rater, seed
+        self.queue = queue(pairs, rater, seed)
+        self.pairs = [pair for pair in self.queue if not equal(pair)] # those to look at
         self.criteria = RUBRICS[rubric]
         self._build()
         self.refresh("Which answer is better?")
@@ -78,7 +81,7 @@ class RatingForm:
         self.buttons = {name: Button(description=label, layout=Layout(flex="1 1 110px"))
                         for name, label in CHOICES.items()}
         self.back = Button(description="Undo", layout=Layout(flex="1 1 80px"))
-        self.key = Text(placeholder="keys: l, t, r; u undoes", layout=Layout(flex="1 1 180px"))
+        self.key = Text(placeholder="keys: l, t, r, s; u undoes", layout=Layout(flex="1 1 180px"))
         self.note = Text(placeholder="a note (optional)", layout=Layout(flex="3 1 220px"))
         for name, button in self.buttons.items():
             button.on_click(lambda _, name=name: self.choose(name))
@@ -132,8 +135,20 @@ class RatingForm:
         elif name:
             self.choose(name)
 
+    def _passed(self):
+        "Ties of the equal pairs that stand before the next one to look at."
+        done = {judgement["pair"] for judgement in self.store.all(self.rater)} | {self.pair["pair"]}
+        todo = (pair for pair in self.queue if pair["pair"] not in done)
+        return [self._judgement(pair, TIE, note="equal answers") for pair in takewhile(equal, todo)]
+
+    def _judgement(self, pair, choice, **more):
+        left, right = sides(pair, self.rater, self.seed)
+        winner = dict(left=left, right=right).get(choice, choice)
+        return dict(pair=pair["pair"], item=pair["item"], left=left, right=right, winner=winner,
+                    rater=self.rater, **more)
+
     def choose(self,
-        name:str, # "left", "right" or "tie"
+        name:str, # "left", "right", "tie" or "skip"
     ):
         "Save a judgement, and show the next pair; what goes wrong is said in the form."
         seconds = time.monotonic() - self.since
@@ -144,11 +159,9 @@ class RatingForm:
                   for model, boxes in zip((left, right), self.scores.values())}
         note = self.note.value.encode("utf-8", "replace").decode()
         try:
-            self.store.add(dict(
-                pair=self.pair["pair"], item=self.pair["item"], left=left, right=right,
-                winner=dict(left=left, right=right, tie=TIE)[name], rater=self.rater,
-                scores={model: given for model, given in points.items() if given}, note=note,
-                seconds=round(seconds, 1)))
+            self.store.add(*self._passed(), self._judgement(
+                self.pair, name, note=note, seconds=round(seconds, 1),
+                scores={model: given for model, given in points.items() if given}))
             self.refresh(f"Saved: {CHOICES[name].lower()}.")
         except DataError: # rated in another window
             self.refresh("That pair was judged already.")
@@ -158,8 +171,12 @@ class RatingForm:
     def undo(self):
         "Take the last judgement back, and show its pair again as it was filled in."
         try:
-            done = self.store.all(self.rater)[-1:]
-            ours = done and done[0]["pair"] in {pair["pair"] for pair in self.pairs}
+            done = self.store.all(self.rater)
+            same = {pair["pair"] for pair in self.queue if equal(pair)}
+            while done and done[-1]["pair"] in same:
+                done.pop()
+                self.store.undo(self.rater)
+            ours = done and done[-1]["pair"] in {pair["pair"] for pair in self.pairs}
             last = self.store.undo(self.rater) if ours else None
             self.refresh("Taken back: judge it again." if last else "There is nothing to undo.")
         except SftlabError as e:

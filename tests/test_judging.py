@@ -25,8 +25,8 @@ from sftlab.files.judgements import Judgements, read_judgements
 from sftlab.generation import wilson_interval
 from sftlab.guards.judging import check_rankable
 from sftlab.judging import (
-    SimulatedRater, bradley_terry, causes, cohen_kappa, doublings, fleiss_kappa, judgements_needed,
-    make_pairs, mean_score, queue, sides, win_rate, wins_table)
+    SimulatedRater, bradley_terry, causes, cohen_kappa, doublings, equal, fleiss_kappa,
+    judgements_needed, make_pairs, mean_score, queue, resampled, sides, win_rate, wins_table)
 from sftlab.judging_form import RatingForm, answer_html, shown
 
 
@@ -111,11 +111,42 @@ def test_what_one_wins_the_other_loses(judgements):
 
 @given(st.integers(0, 40), st.integers(0, 40))
 def test_without_ties_it_is_wilsons_interval(wins, losses):
+    "Of one coin less, where both came up: the variance divides by n - 1."
     assume(wins + losses)
     winners = ["a"] * wins + ["b"] * losses
     found = win_rate([judgement(i, w) for i, w in enumerate(winners)], "a", "b")
-    expected = (wins / len(winners), *wilson_interval(wins, len(winners)))
+    n, share = len(winners), wins / len(winners)
+    coins = n - 1 if wins and losses else n
+    expected = (share, *wilson_interval(share * coins, coins))
     assert (found.share, found.low, found.high) == pytest.approx(expected)
+
+
+def test_few_prompts_are_said():
+    twenty = [judgement(i, "a" if i % 2 else "b") for i in range(20)]
+    assert "few" not in str(win_rate(twenty, "a", "b"))
+    many_raters = [dict(j, rater=f"r{n}") for j in twenty[1:] for n in range(5)]
+    assert "19 prompts: too few for an interval, 95 judgements" in str(
+        win_rate(many_raters, "a", "b"))
+
+
+@given(several, st.sets(st.integers(0, 30)))
+def test_what_was_skipped_counts_nowhere(judgements, skipped):
+    some = [j | dict(winner="skip") if i in skipped else j for i, j in enumerate(judgements)]
+    rest = [j for j in some if j["winner"] != "skip"]
+    if rest:
+        assert win_rate(some, "a", "b") == win_rate(rest, "a", "b")
+        assert wins_table(some)[1].tolist() == wins_table(rest)[1].tolist()
+    else:
+        with pytest.raises(DataError, match="none at all"):
+            win_rate(some, "a", "b")
+
+
+def test_bootstrap_of_a_mean():
+    scores = np.random.default_rng(0).random(200).tolist()
+    found = resampled(scores, fmean, draws=2000)
+    assert found.shape == (2000,) and (found == resampled(scores, fmean, draws=2000)).all()
+    assert found.mean() == pytest.approx(fmean(scores), abs=0.003)
+    assert found.std() == pytest.approx(np.std(scores) / 200**0.5, rel=0.06)
 
 
 def test_ten_raters_of_one_opinion_are_one():
@@ -160,8 +191,14 @@ def test_causes_equal_a_logistic_regression_with_errors_by_prompt():
         cov_type="cluster", cov_kwds=dict(groups=groups, use_correction=False))
     found = causes(judgements, "a", answers)
     assert [e[0] for e in found.values()] == pytest.approx(fit.params.tolist(), abs=1e-6)
-    errors = [(high - e) / 1.96 for e, _, high in found.values()]
-    assert errors == pytest.approx(fit.bse.tolist(), abs=1e-6)
+    errors = [(high - low) / 2 / 1.96 for _, low, high in found.values()] # from 400 draws
+    assert errors == pytest.approx(fit.bse.tolist(), rel=0.15)
+    echoed = causes([dict(j, rater=f"{j['rater']} {n}") for j in judgements for n in range(3)],
+                    "a", answers)
+    for cause, effect in found.items(): # raters who repeat others tell nothing new
+        assert echoed[cause] == pytest.approx(effect)
+    skipped = dict(judgements[0], winner="skip", left="c", right="d")
+    assert causes([*judgements, skipped], "a", answers) == found
     other = causes(judgements, "b", answers)
     assert other["model"][0] == pytest.approx(-found["model"][0])
     assert other["left side"] == pytest.approx(found["left side"])
@@ -225,6 +262,16 @@ def test_as_many_judgements_as_show_it(share, power):
     around = [seen(m) for m in range(n - 4, n + 5)] # it goes up and down with n
     assert fmean(around) == pytest.approx(power, abs=0.025)
     assert fmean(seen(m) for m in range(int(0.8 * n) - 4, int(0.8 * n) + 5)) < power - 0.03
+
+
+def test_ties_come_on_top():
+    assert judgements_needed(0.6) == 194 and judgements_needed(0.6, ties=0.5) in (387, 388)
+    assert judgements_needed(0.7, ties=0.5) == 94
+    for ties in (1, -0.1, "half", None, True):
+        with pytest.raises(DataError, match="ties is"):
+            judgements_needed(0.6, ties=ties)
+    with pytest.raises(DataError, match="won is 0.5"):
+        judgements_needed(0.5)
 
 
 # --- ranking
@@ -417,8 +464,8 @@ def form(tmp_path):
     return form
 
 
-@pytest.mark.parametrize("typed, saved", [("l", 1), ("R", 1), (" t", 1), ("x", 0), ("lr", 0),
-                                          ("left", 0), ("", 0)])
+@pytest.mark.parametrize("typed, saved", [("l", 1), ("R", 1), (" t", 1), ("s", 1), ("x", 0),
+                                          ("lr", 0), ("left", 0), ("", 0)])
 def test_one_key_is_one_judgement(form, typed, saved):
     form.key.value = typed
     assert len(form.store.all()) == saved and form.key.value == ""
@@ -452,6 +499,53 @@ def test_undo_leaves_the_judgements_of_another_study(form):
     form.store.add(judgement(7, "a"))
     form.undo()
     assert len(form.store.all()) == 1 and "nothing to undo" in form.message.value
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    "Half of forty pairs are equal answers."
+    pairs = make_pairs(["p"] * 40, {"a": ["1"] * 40, "b": ["1", "2"] * 20})
+    return RatingForm(pairs, tmp_path / "j.db", "me")
+
+
+def choose(form, name="left"):
+    form.since -= 1
+    form.choose(name)
+
+
+def test_equal_answers_are_ties_in_the_order_of_all(mixed):
+    assert len(mixed.pairs) == 20 and all(not equal(pair) for pair in mixed.pairs)
+    place = {pair["pair"]: i for i, pair in enumerate(mixed.queue)}
+    for n in range(1, 21):
+        choose(mixed)
+        kept = mixed.store.all()
+        assert sum(j["winner"] != "tie" for j in kept) == n and kept[-1]["winner"] != "tie"
+        until = place[mixed.pair["pair"]] if mixed.pair else 40
+        assert {j["pair"] for j in kept} == {p["pair"] for p in mixed.queue[:until]}
+    assert len(kept) == 40 and all((j["winner"] == "tie") == (j["item"] % 2 == 0) for j in kept)
+    assert win_rate(kept, "a", "b").items == 40
+
+
+def test_undo_passes_over_equal_answers(mixed):
+    seen = []
+    for _ in range(5):
+        seen.append(mixed.pair["pair"])
+        choose(mixed, "right")
+    for pair in reversed(seen):
+        mixed.undo()
+        assert mixed.pair["pair"] == pair
+    mixed.undo()
+    assert mixed.store.all() == [] and "nothing to undo" in mixed.message.value
+    for _ in range(20):
+        choose(mixed, "skip")
+    assert len(mixed.store.all()) == 40 and mixed.pair is None
+    assert sum(j["winner"] == "skip" for j in mixed.store.all()) == 20
+
+
+def test_skipped_is_kept_in_the_file(mixed, tmp_path):
+    choose(mixed, "skip")
+    mixed.store.export(tmp_path / "j.jsonl")
+    assert read_judgements(tmp_path / "j.jsonl")[-1]["winner"] == "skip"
 
 
 def test_half_a_character_in_a_note_is_no_reason_to_lose_it(form):

@@ -93,20 +93,23 @@ def plot_win_rates(
 # %% ../../nbs/reference/figures/judging.ipynb #d5a51c34
 def plot_lengths(
     groups:dict, # title -> list of (how many doublings longer, a `WinRate`)
+    model:str, rival:str, # whose win rate and length; against whose
 ): # a matplotlib figure
-    "Win rate against length, a panel a group of raters."
-    fig, axes = figure(6.8, 2.8, ncols=len(groups), sharey=True, squeeze=False)
+    "Win rate against length, a panel a group of raters; below each dot its number of prompts."
+    fig, axes = figure(6.8, 3.1, ncols=len(groups), sharey=True, squeeze=False)
     for ax, (title, rows) in zip(axes[0], groups.items()):
         for x, rate in rows:
             ax.plot([x, x], [100 * rate.low, 100 * rate.high], "-", color=PALETTE["blue"])
             ax.plot(x, 100 * rate.share, "o", color=PALETTE["blue"])
             ax.text(x, 100 * rate.high + 3, f"{100 * rate.share:.0f}", fontsize=9, ha="center")
+            ax.text(x, 100 * rate.low - 4, f"{rate.items}\nprompts", fontsize=9, ha="center",
+                    va="top")
         ax.axhline(50, color=PALETTE["grey"], linestyle="--", linewidth=1)
-        ax.set(title=title, xlabel="times as long", ylim=(0, 100))
+        ax.set(title=title, xlabel=f"length of {model} / length of {rival}", ylim=(0, 100))
         ticks = [-1, 0, 1, 2]
         ax.set_xticks(ticks, [f"{2.0**tick:g}" for tick in ticks])
         ax.margins(x=0.2)
-    axes[0][0].set(ylabel="win rate, %")
+    axes[0][0].set(ylabel=f"win rate of {model}, %")
     return fig
 
 # %% ../../nbs/reference/figures/judging.ipynb #6f097ba4
@@ -135,19 +138,20 @@ def kappa_squares(
 
 # %% ../../nbs/reference/figures/judging.ipynb #2f7085fe
 def plot_needed(
-    needed, # from a win rate to a number of judgements
-    points:dict, # win rate -> (judgements, power found by simulation)
+    needed, # from a share of the decided judgements to how many show it
+    points:dict, # share -> (judgements, power found by simulation)
 ): # a matplotlib figure
-    "How many judgements show a win rate, as a curve; dots with the power found."
+    "How many decided judgements show a share of them, as a curve; dots with the power found."
     fig, ax = figure(6.8, 3.1)
     rates = [0.52 + 0.005 * i for i in range(57)]
     ax.plot([100 * rate for rate in rates], [needed(rate) for rate in rates], color=PALETTE["blue"])
     for rate, (n, power) in points.items():
         ax.plot(100 * rate, n, "o", color=PALETTE["orange"])
-        ax.text(100 * rate + 0.5, n * 1.12, f"{n:,} judgements: seen in {100 * power:.0f} %",
+        ax.text(100 * rate + 0.5, n * 1.12, f"{n:,}: seen in {100 * power:.0f} %",
                 fontsize=9)
     log_axis(ax, "y", steps=(1, 3))
-    ax.set(xlabel="true win rate of the decided judgements, %", ylabel="judgements")
+    ax.set(xlabel="true share that the better model wins of the decided judgements, %",
+           ylabel="decided judgements")
     return fig
 
 # %% ../../nbs/reference/figures/judging.ipynb #3c85111b
