@@ -7,6 +7,7 @@ __all__ = ['LESSON', 'q1', 'q2', 'q3', 'q4', 'q5', 'q6', 'Kept', 'TinyRun', 'tin
 
 # %% ../../../exercises/solutions/15_metrics.ipynb #e1500004
 import functools
+import itertools
 import math  # noqa: F811
 import operator
 import statistics
@@ -109,6 +110,20 @@ def _(a, b):
     "you take the mean over all places. Where a label is -100, nothing was judged: only places "
     "with two labels count.")
 def _(a, b): return _two(a, b, _perplexity, lambda label, other: True)
+
+@q1.mistake("all costs, divided by common tokens",
+    "you add up all costs of a model, and divide by the tokens that both have. Leave out the same "
+    "tokens above and below.")
+def _(a, b):
+    n = len(_flat(_costs(a, b)))
+    return _two(a, b, lambda costs: math.exp(sum(_flat(costs)) / n), _learned)
+
+@q1.mistake("common costs, divided by own tokens",
+    "you add up what the common tokens cost, and divide by all tokens of that model. Leave out "
+    "the same tokens above and below.")
+def _(a, b):
+    return [math.exp(sum(_flat(_costs(x, y))) / len(_flat(_costs(x, y, _learned))))
+            for x, y in ((a, b), (b, a))]
 
 @q1.mistake("a mean of means",
     "you take the mean of the rows' means. A row with few tokens then counts as much as a long "
@@ -234,8 +249,9 @@ def _unpaired(x, y): return math.hypot(_error(x), _error(y))
 def _gap(a, b, n, k, faults=(), chance=_pass, error=_paired):
     chance = _put_back if "with replacement" in faults else chance
     error = _unpaired if "unpaired" in faults else error
+    less = math.sqrt(1 - 1 / len(a)) if "population" in faults else 1
     x, y = ([chance(n, c, k) for c in counts] for counts in (a, b))
-    return [statistics.fmean(x) - statistics.fmean(y), error(x, y)]
+    return [statistics.fmean(x) - statistics.fmean(y), error(x, y) * less]
 
 q2.faults({
     "with replacement":
@@ -243,7 +259,10 @@ q2.faults({
         "ones are tried: `pass_at_k`, or count choices with `math.comb`.",
     "unpaired":
         "your standard error is that of two models with different problems. They had the same "
-        "ones: take the differences, problem by problem."}, _gap)
+        "ones: take the differences, problem by problem.",
+    "population":
+        "your standard deviation divides by m, as `np.std` does unless told otherwise. From a "
+        "sample it is m - 1: `np.std(gaps, ddof=1)`."}, _gap)
 
 @q2.mistake("standard deviation",
     "that is the standard deviation of the gaps. Divide it by the root of the number of problems.")
@@ -264,11 +283,8 @@ def _(a, b, n, k):
     "ten problems.")
 def _(a, b, n, k): return _gap(a, b, n, k, error=lambda x, y: _paired(x, y) / math.sqrt(n))
 
-@q2.mistake("population",
-    "your standard deviation divides by m, as `np.std` does unless told otherwise. From a sample "
-    "it is m - 1: `np.std(gaps, ddof=1)`.")
-def _(*args):
-    return _gap(*args, error=lambda x, y: _paired(x, y) * math.sqrt(1 - 1 / len(x)))
+@q2.mistake("the error first", "you return the standard error first. The gap comes first.")
+def _(*args): return _gap(*args)[::-1]
 
 @q2.mistake("variance", "you return the square of the standard error. Take its root.")
 def _(*args): return _gap(*args, error=lambda x, y: _paired(x, y) ** 2)
@@ -314,7 +330,9 @@ def _(*args): return _gap(*args, chance=lambda n, c, k: float(c > 0))
 @q2.mistake("all k pass", "that is the chance that all k pass. One is enough.")
 def _(*args): return _gap(*args, chance=lambda n, c, k: math.comb(c, k) / math.comb(n, k))
 
-@q2.mistake("none passes", "that is the chance that none of k passes. Subtract it from 1.")
+@q2.mistake("the wrong sign",
+    "your gap has the wrong sign: it is A's pass@k minus B's. (The chance that *none* of k passes "
+    "does that, too: subtract it from 1.)")
 def _(*args): return _gap(*args, chance=lambda n, c, k: 1 - _pass(n, c, k))
 
 @q2.mistake("gaps without their sign",
@@ -412,9 +430,12 @@ def _(rng):
         some(4, 2, longest=7), some(5, 3, 2), some(6, 3)]
 
 # %% ../../../exercises/solutions/15_metrics.ipynb #e1500033
-def _runs(tokens, n):
+@functools.lru_cache(10_000) # each mistake counts the same texts
+def _counted(tokens, n):
     from sftlab.metrics import ngrams
     return ngrams(tokens, n)
+
+def _runs(tokens, n): return _counted(tuple(tokens), n)
 
 def _most(several, n): return functools.reduce(operator.or_, (_runs(one, n) for one in several))
 def _clipped(runs, known): return (runs & known).total()
@@ -479,6 +500,12 @@ def _(*args):
 def _(*args):
     return _bleu(_counts(*args, known=lambda several, n: _runs(_flat(several), n)))
 
+@q3.mistake("joined, with the length of all",
+    "you join the references into one text. Runs then cross from one into the next, and the "
+    "wanted length is that of all of them.")
+def _(outputs, references):
+    return _bleu(_counts(outputs, [[" ".join(several)] for several in references]))
+
 @q3.mistake("in all references",
     "you count runs that are in *all* references. One that has it is enough: `|`, not `&`.")
 def _(*args):
@@ -492,7 +519,8 @@ def _(outputs, references):
     return _bleu(_counts(outputs, [several[:1] for several in references]))
 
 def _best_alone(outputs, references): # for each output, the reference with which it scores best
-    return [[max(several, key=lambda one: _bleu(_counts([output], [[one]]), smooth=True))]
+    def alone(output, one): return round(_bleu(_counts([output], [[one]]), smooth=True), 9)
+    return [[max(several, key=functools.partial(alone, output))]
             for output, several in zip(outputs, references)]
 
 @q3.mistake("the best reference",
@@ -510,6 +538,13 @@ def _(*args): return statistics.fmean(_bleu([row]) for row in _counts(*args))
     "you score each output alone, smoothed, and take the mean. BLEU adds up the counts of all "
     "outputs first.")
 def _(*args): return statistics.fmean(_bleu([row], smooth=True) for row in _counts(*args))
+
+@q3.mistake("a mean of the best scores",
+    "you score each output against each reference, and take the mean of the best scores. The runs "
+    "of one output may come from several references, and the counts of all are added up first.")
+def _(outputs, references):
+    rows = zip(outputs, _best_alone(outputs, references))
+    return statistics.fmean(_bleu(_counts([o], [best]), smooth=True) for o, best in rows)
 
 @q3.mistake("shares of each text",
     "you take the share of shared runs in each output, and then the mean of the shares. Add up "
@@ -637,15 +672,16 @@ _CUT = [("Lima", "Lima is the capital of Peru, and Peru is"), ("42", "40 + 2 = 4
 
 @q4.inputs
 def _(rng):
-    def rows(pairs, cut=()):
+    def rows(pairs, cut=(), name="Question"):
         made = [(pair, "stop") for pair in pairs] + [(pair, "length") for pair in cut]
         numbers = rng.sample(range(100, 1000), len(made))
-        return [_row(f"Question {i}?", *pair, reason) for i, (pair, reason) in zip(numbers, made)]
+        return [_row(f"{name} {i}?", *pair, reason) for i, (pair, reason) in zip(numbers, made)]
     def seen(some): return [dict(question=row["question"], answer=row["answer"]) for row in some]
     def some(n, cut, known): # in any order; some of them were trained on
         made = rows(rng.choices(_OUTPUTS, k=n), rng.choices(_CUT, k=cut))
         rng.shuffle(made)
-        return made, seen(made[:known]) + seen(rows(rng.choices(_OUTPUTS, k=3)))
+        more = rows(rng.choices(_OUTPUTS, k=3), name="Another")
+        return made, seen(made[:known] + more)
     def all_seen(n):
         made = rows(rng.choices(_OUTPUTS, k=n), _CUT[:2])
         return made, seen(made)
@@ -708,6 +744,28 @@ def _(*args): return _scored(*args, right=lambda output, answer: output in answe
     "an output counts if it begins with the right answer. `420` begins with 42: it has to be "
     "equal.")
 def _(*args): return _scored(*args, right=str.startswith)
+
+def _whole_words(output, answer): return f" {answer} " in f" {output} "
+
+@q4.mistake("words of the output",
+    "an answer counts if its words are somewhere in the output. `Not Lima.` has them: the whole "
+    "output has to be equal.")
+def _(*args): return _scored(*args, right=_whole_words)
+
+def _word_characters(text):
+    import re
+    return " ".join(re.sub(r"[^\w\s]", "", text.casefold()).split())
+
+@q4.mistake("punctuation is dropped, Chinese is kept",
+    "you drop all punctuation: -5 becomes 5, 1.5 becomes 15, and C++ becomes C. Drop only "
+    "capitals, spaces and a full stop at the end.")
+def _(*args): return _scored(*args, form=_word_characters)
+
+@q4.mistake("a share of the words",
+    "an output counts if enough of its words are right. It has to be equal.")
+def _(*args):
+    from sftlab.metrics import rouge_l
+    return _scored(*args, right=lambda output, answer: rouge_l(output, answer) > 0.5)
 
 @q4.mistake("letter by letter",
     "capitals, spaces and a full stop at the end still count. The task says that they do not: "
@@ -851,17 +909,17 @@ q5 = Question("metrics.best_limit", "A model that does not stop", best_limit,
 
 @q5.inputs
 def _(rng):
-    from sftlab.metrics import f1, lcs
     pool = "lima oslo is in peru the a red dog cat not very old".split()
     after = "q where is it what a ok".split()
-    def parts(text, reference):
-        x, y = text.split(), reference.split()
-        return f1(lcs(x, y), len(x), len(y))
-    def clear(run, limits, references): # no two limits nearly equal at the top
-        made = {n: tuple(run(n)) for n in limits}
-        means = {n: statistics.fmean(map(parts, made[n], references)) for n in limits}
+    def clear(run, limits, references): # no two limits whose means are equal but for rounding
+        for shared, score in _WAYS:
+            each = {n: [score(*shared(*pair)) for pair in zip(run(n), references)] for n in limits}
+            for x, y in itertools.combinations(each.values(), 2):
+                if x != y and abs(statistics.fmean(x) - statistics.fmean(y)) < 1e-6:
+                    return False
+        means = _means(run, limits, references)
         best = max(means, key=means.get)
-        return all(means[best] - means[n] > 0.01 or made[n] == made[best] for n in limits)
+        return all(means[best] - means[n] > 0.01 or run(n) == run(best) for n in limits)
     def one(n, limits, longest=8, late=0, cut=None):
         while True:
             references, texts = [], []
@@ -878,10 +936,10 @@ def _(rng):
     return [
         (Kept(("oslo",)), [4, 1, 2], ["oslo"]),
         (Kept(("it is not very old q what",)), [2, 3, 5, 7], ["not very old"]),
-        (Kept(("a red dog", "a cat q where is it")), [3, 2, 6], ["a red dog", "a cat"]),
+        (Kept(("a red dog", "a cat q where is it")), [3, 1, 6], ["a red dog", "a cat"]),
         (Kept(("peru in is lima ok", "oslo is old")), [1, 4, 5], ["lima is in peru", "oslo"]),
         (Kept(("a q where what ok is it lima is in peru",)), [1, 3, 11], ["a lima is in peru"]),
-        (Kept(("it q ok is a", "q it where not old")), [4, 1, 2, 5], ["it is a", "not old"]),
+        (Kept(("it q ok is a", "q it where not old ok")), [4, 1, 2, 6], ["it is a", "not old"]),
         one(2, [2, 4, 6]), one(3, [1, 3, 5, 9]), one(5, [2, 4, 8, 16]), one(8, [12, 6, 3, 24]),
         one(4, [1, 2, 3, 4, 5, 6, 7, 8]), one(6, [4, 8, 16], late=5), one(10, [3, 5, 30], late=2),
         one(3, [5, 9, 17, 33], longest=4, cut=0), one(2, [8, 16, 32], longest=6, cut=1),
@@ -903,6 +961,24 @@ def _means(run, limits, references, score=_f1, shared=_shared, mean=statistics.f
     return {limit: mean([score(*shared(o, r)) for o, r in zip(run(limit), references)])
             for limit in sorted(limits)}
 
+def _of_runs(n): # as `_shared`, of runs of n words
+    def shared(output, reference):
+        from sftlab.metrics import ngrams, words
+        x, y = (ngrams(words(text), n) for text in (output, reference))
+        return (x & y).total(), x.total(), y.total()
+    return shared
+
+def _of_sets(output, reference):
+    from sftlab.metrics import words
+    x, y = set(words(output)), set(words(reference))
+    return len(x & y), len(x), len(y)
+
+def _sum_of_both(*counts): return _recall(*counts) + _precision(*counts)
+def _same(common, x, y): return float(common == x == y)
+
+_WAYS = [(_shared, score) for score in (_f1, _recall, _precision, _sum_of_both)]
+_WAYS += [(shared, _f1) for shared in (_of_runs(1), _of_runs(2), _of_sets)]
+
 def _top(scores): return max(scores, key=scores.get) # the smallest limit of several
 
 @q5.mistake("recall",
@@ -918,8 +994,7 @@ def _(*args): return _top(_means(*args, score=_precision))
 @q5.mistake("mean of precision and recall",
     "you take the arithmetic mean of precision and recall. F1 is the harmonic one: "
     "2PR / (P + R).")
-def _(*args):
-    return _top(_means(*args, score=lambda *n: _recall(*n) + _precision(*n)))
+def _(*args): return _top(_means(*args, score=_sum_of_both))
 
 @q5.mistake("the largest of several",
     "of several equal limits you take the largest. The smallest is wanted: it costs least.")
@@ -985,35 +1060,20 @@ def _(*args): return _top(_means(*args, mean=statistics.median))
 
 @q5.mistake("exact match",
     "you count answers that are equal to their reference. ROUGE-L counts what they share.")
-def _(*args): return _top(_means(*args, score=lambda common, x, y: float(common == x == y)))
+def _(*args): return _top(_means(*args, score=_same))
 
 @q5.mistake("ROUGE-1",
     "you count single words in any order. ROUGE-L takes the longest common subsequence, which "
     "keeps the order.")
-def _(*args):
-    def shared(output, reference):
-        from sftlab.metrics import ngrams, words
-        x, y = (ngrams(words(text), 1) for text in (output, reference))
-        return (x & y).total(), x.total(), y.total()
-    return _top(_means(*args, shared=shared))
+def _(*args): return _top(_means(*args, shared=_of_runs(1)))
 
 @q5.mistake("ROUGE-2", "you count pairs of words. ROUGE-L takes the longest common subsequence.")
-def _(*args):
-    def shared(output, reference):
-        from sftlab.metrics import ngrams, words
-        x, y = (ngrams(words(text), 2) for text in (output, reference))
-        return (x & y).total(), x.total(), y.total()
-    return _top(_means(*args, shared=shared))
+def _(*args): return _top(_means(*args, shared=_of_runs(2)))
 
 @q5.mistake("words that nobody repeats",
     "you compare sets of words, without order and repeats. ROUGE-L takes the longest common "
     "subsequence.")
-def _(*args):
-    def shared(output, reference):
-        from sftlab.metrics import words
-        x, y = set(words(output)), set(words(reference))
-        return len(x & y), len(x), len(y)
-    return _top(_means(*args, shared=shared))
+def _(*args): return _top(_means(*args, shared=_of_sets))
 
 @q5.mistake("the nearest length",
     "you choose the limit at which outputs are as long as the references. What do they say?")
