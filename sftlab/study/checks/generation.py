@@ -855,8 +855,9 @@ q4 = Question("generation.reply", "Repair a chat program", reply,
 def _(rng):
     other = rng.choice([question for question in _TAUGHT if question != "Peru"])
     prompt = len(_written(other, True)[1])
-    return [(*tiny_chat(), "Peru", rng.randint(4, 5)),
-            (*tiny_chat(), other, prompt + rng.randint(2, 3))]
+    inputs = [(*tiny_chat(), "Peru", rng.randint(4, 5)),
+              (*tiny_chat(), other, prompt + rng.randint(2, 3))]
+    return rng.sample(inputs, 2) # in any order
 
 @q4.called
 def _(reply, model, tokenizer, question, max_new_tokens):
