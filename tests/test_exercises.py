@@ -176,6 +176,7 @@ KEYS = {
     "metrics": "same_tokens gap several repair best_limit best_of_twelve",
     "benchmarks": "copied repair best_forms from_41_to_74",
     "judging": "leaning plan repair prefer_it",
+    "serving": "penalty parted repair as_good",
 }
 
 
