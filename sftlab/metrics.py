@@ -30,9 +30,9 @@ def bits_per_byte(
 
 # %% ../nbs/15_metrics.ipynb #m5b
 def normalize(text:str) -> str:
-    "One form of each character (NFKC), lower case, single spaces, no full stop at the end."
+    "One form of each character (NFKC), lower case, single spaces, no full stop or ! at the end."
     text = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(text.split()).rstrip(".。!")
+    return " ".join(text.split()).rstrip(" .。!")
 
 def exact_match(
     output:str, # what the model wrote
@@ -49,7 +49,7 @@ def ngrams(tokens:list, n:int) -> Counter:
 def bleu(
     outputs:list, # what the model wrote: strings
     references:list, # one for each
-    tokenize=str.split, # from a string to a list of tokens; for Chinese `list`
+    tokenize=str.split, # from a string to a list of tokens; for text all Chinese `list`
 ) -> float: # 0 to 100
     """BLEU of a whole set of texts (Papineni et al. 2002), smoothed as in sacrebleu; raises a
     `DataError` for lists that do not belong together."""
@@ -62,7 +62,7 @@ def bleu(
         found = sum((ngrams(o, n) & ngrams(r, n)).total() for o, r in pairs)
         if total == 0 or n == 1 and found == 0:
             return 0.0
-        smooth *= 1 if found else 2
+        smooth *= 1 if found else 2 # no shared run of this length counts 1/2, of the next 1/4
         logs.append(math.log(found / total if found else 1 / (smooth * total)))
     return 100 * math.exp(min(0, 1 - wanted / length) + sum(logs) / 4)
 
@@ -181,6 +181,17 @@ class Comparison:
     high:float
     p:float # probability of a difference as large or larger if A and B were the same
     n:int # questions
+    differ:int # questions on which the two have different scores
+
+    @property
+    def note(self) -> str: # empty from ten differing questions on
+        "What the interval does not show where few questions differ."
+        if self.differ >= 10:
+            return ""
+        if self.differ:
+            return f"only {self.differ} of {self.n} questions differ: the interval is too narrow"
+        return (f"none of {self.n} questions differs: no proof that the two are equal, since up to "
+                f"{min(1, 3 / self.n):.1%} of all such questions may (95 % sure)")
 
 def compare(
     a, b, # scores of the two on the same questions, in the same order
@@ -195,4 +206,5 @@ def compare(
     signs = dice.choice((-1, 1), (resamples, len(gaps))) # A and B swapped, or not
     as_large = np.abs(signs @ gaps) >= abs(gaps.sum()) - 1e-9
     p = (1 + as_large.sum()) / (1 + resamples)
-    return Comparison(float(gaps.mean()), low, high, float(p), len(gaps))
+    differ = int(np.count_nonzero(gaps))
+    return Comparison(float(gaps.mean()), low, high, float(p), len(gaps), differ)

@@ -111,7 +111,7 @@ def test_normalizing_twice_changes_nothing(text):
 
 
 @pytest.mark.parametrize("output, answer, right", [
-    ("Paris.", "paris", 1), (" a\tb\n", "A b", 1), ("ＡＢ", "ab", 1), ("好！", "好", 1),
+    ("Paris.", "paris", 1), ("Paris .", "Paris", 1), (" a\tb\n", "A b", 1), ("ＡＢ", "ab", 1), ("好！", "好", 1),
     ("-5", "5", 0), ("1.5", "15", 0), ("", "a", 0), ("a b", "ab", 0)])
 def test_exact_match(output, answer, right):
     assert exact_match(output, answer) == right
@@ -190,6 +190,26 @@ def test_models_that_are_equal_are_called_different_one_time_in_twenty():
 def test_the_same_answers_are_no_difference():
     found = compare([1, 0, 1], [1, 0, 1])
     assert (found.difference, found.low, found.high, found.p) == (0, 0, 0, 1)
+
+
+@pytest.mark.parametrize("differ, n, said", [
+    (0, 300, "none of 300 questions differs: no proof that the two are equal, since up to 1.0%"),
+    (0, 2, "up to 100.0%"), (1, 300, "only 1 of 300 questions differ"), (9, 40, "too narrow")])
+def test_few_differing_questions_are_said(differ, n, said):
+    found = compare([1] * n, [0] * differ + [1] * (n - differ))
+    assert found.differ == differ and said in found.note
+
+
+def test_ten_differing_questions_need_no_note():
+    found = compare([1, 0] * 20, [0, 1] * 5 + [1, 0] * 15)
+    assert (found.differ, found.note) == (10, "")
+
+
+@pytest.mark.parametrize("n", [30, 300, 3000])
+def test_equal_answers_leave_room_for_the_rule_of_three(n):
+    said = float(compare([1] * n, [1] * n).note.split("up to ")[1].split("%")[0]) / 100
+    bound = stats.binomtest(0, n, alternative="less").proportion_ci(0.95).high
+    assert said == pytest.approx(bound, rel=0.06)
 
 
 # --- what cannot be
