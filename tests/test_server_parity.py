@@ -30,10 +30,9 @@ from sftlab.errors import ModelError, OutputError, ServingError
 from sftlab.files.gguf import (
     export_gguf, gguf_layout, gguf_name, permute, read_gguf, without_markers)
 from sftlab.guards.serving import GGUF_KINDS, KEY_VARIABLE, in_a_line
+from sftlab.local_server import TRANSFORMERS_SERVE, free_port, serving
 from sftlab.models import load
-from sftlab.serving import (
-    TRANSFORMERS_SERVE, Answer, answer_here, ask, fetch, first_difference, free_port,
-    prompt_ids_there, serving)
+from sftlab.serving import Answer, answer_here, ask, fetch, first_difference, prompt_ids_there
 from sftlab.tiny.world import as_messages, examples
 
 QUESTIONS = [e["question"] for e in examples("test", 3)]
@@ -99,7 +98,7 @@ def test_it_ends_after_an_error_too(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_it_ends_when_the_notebook_is_killed(tmp_path):
-    code = ("import sys, time\nfrom sftlab.serving import serving\n"
+    code = ("import sys, time\nfrom sftlab.local_server import serving\n"
             "with serving(sys.argv[1:]) as url:\n    print(url, flush=True)\n    time.sleep(600)")
     notebook = subprocess.Popen([sys.executable, "-c", code, *listening(tmp_path)],
                                 stdout=subprocess.PIPE, text=True)
@@ -192,6 +191,14 @@ def test_what_a_server_does_not_tell_is_unknown(usage, logprobs):
     with telling(body=json.dumps(dict(choices=[choice], usage=usage)).encode()) as (url, _):
         assert ask(url, "tiny", MESSAGES) == Answer("", None)
         assert prompt_ids_there(url, "tiny", MESSAGES) is None
+
+
+@pytest.mark.parametrize("told, ids", [([1, 2], [1, 2]), (None, None), ("1 2", None), (12, None)])
+def test_ids_are_read_where_a_vllm_tells_them(told, ids):
+    choice = dict(message=dict(role="assistant", content="a"), finish_reason="stop", token_ids=told)
+    body = dict(choices=[choice], prompt_token_ids=told, usage=dict(prompt_tokens=2))
+    with telling(body=json.dumps(body).encode()) as (url, _):
+        assert ask(url, "m", MESSAGES, return_token_ids=True) == Answer("a", 2, ids, ids, "stop")
 
 
 @pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
@@ -405,6 +412,26 @@ def test_a_wrong_name_is_one_line(served, tiny):
 
 
 @pytest.mark.slow
+def test_a_server_with_a_folder_has_one_name(tiny, tmp_path, monkeypatch):
+    "`transformers serve FOLDER`, as one types it; `/v1/models` does not list it."
+    with contextlib.redirect_stderr(io.StringIO()):
+        tiny[0].save_pretrained(tmp_path / "out/merged")
+    tiny[1].save_pretrained(tmp_path / "out/merged")
+    (tmp_path / "cache").mkdir()
+    monkeypatch.chdir(tmp_path)
+    command = [*TRANSFORMERS_SERVE, "out/merged"]
+    with serving(command, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "cache")) as url:
+        check_serving(url, *tiny, QUESTIONS[:1], name="out/merged", max_tokens=6).assert_ok()
+        with pytest.raises(ServingError, match="lists 0 models.*FOLDER, as typed"):
+            check_serving(url, *tiny, QUESTIONS[:1])
+        for name in (str(tmp_path / "out/merged"), "merged"):
+            with pytest.raises(ServingError, match="400: Server is pinned to 'out/merged'.*name"):
+                check_serving(url, *tiny, QUESTIONS[:1], name=name)
+        with pytest.raises(ServingError, match="422.*return_token_ids"):  # only vLLM's
+            ask(url, "out/merged", MESSAGES, 4, return_token_ids=True)
+
+
+@pytest.mark.slow
 def test_openais_client_hears_the_same(served, tiny):
     openai = pytest.importorskip("openai")
     url, name = served
@@ -447,6 +474,7 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 def test_lm_eval_gives_one_score_here_and_there(served, tiny, tmp_path, monkeypatch):
     pytest.importorskip("tenacity", reason="lm-eval asks servers with it: pip install lm-eval[api]")
     evaluator = pytest.importorskip("lm_eval")
+    from lm_eval.api.registry import get_model
     from lm_eval.tasks import TaskManager
     url, name = served
     answers = [answer_here(*tiny, as_messages(e)["messages"][:1], 12) for e in examples("test", 3)]
@@ -466,6 +494,20 @@ def test_lm_eval_gives_one_score_here_and_there(served, tiny, tmp_path, monkeypa
             bootstrap_iters=0, log_samples=True)
         scores.append(done["results"]["asked"]["exact_match,none"])
     assert scores[0] == scores[1] == pytest.approx(2 / 3)
+    chat = get_model("local-chat-completions")(
+        model=name, base_url=url + "/v1/chat/completions", tokenizer_backend=None)
+    with pytest.raises(NotImplementedError):
+        chat.loglikelihood([])
+
+
+def test_an_unknown_pre_is_refused_by_llama_cpp_and_not_by_transformers(tiny, tmp_path):
+    llama = pytest.importorskip("xllamacpp", reason="llama.cpp's server: pip install xllamacpp")
+    export_gguf(small(), tiny[1], tmp_path / "m.gguf", pre="no-such-name")
+    AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    params = llama.CommonParams()
+    params.model.path, params.n_ctx, params.verbosity = str(tmp_path / "m.gguf"), 64, -1
+    with pytest.raises(RuntimeError, match="Failed to init"):
+        llama.Server(params)
 
 
 @pytest.mark.parametrize("kind", ("F32", "Q8_0"))

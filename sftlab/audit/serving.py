@@ -40,13 +40,20 @@ def _fits(wrong, there:Answer) -> bool:
 def _more(here, there) -> int: # tokens that the server's prompt has more
     return (there.prompt_tokens or here.prompt_tokens) - here.prompt_tokens
 
-def _prompt_fault(tokenizer, rows) -> str:
+def _cut(rows, asked) -> bool: # only what is longer than all that the server had
+    most = max(row.there.prompt_tokens or 0 for row in asked)
+    return len(rows) < len(asked) and all(row.here.prompt_tokens > most for row in rows)
+
+def _prompt_fault(tokenizer, asked) -> str:
     "What is wrong with all prompts that differ."
-    n, rows = len(rows), [row for row in rows if row.difference.startswith("prompt")]
+    n, rows = len(asked), [row for row in asked if row.difference.startswith("prompt")]
     found = [wrong_prompts(tokenizer, row.messages) for row in rows]
     for fault in found[0]:
         if all(_fits(wrong[fault], row.there) for wrong, row in zip(found, rows)):
             return fault
+    if _cut(rows, asked):
+        return (f"the longest prompts ({len(rows)}) arrive shorter: does the server cut them to "
+                "its context length (Ollama: num_ctx)?")
     more = {_more(row.here, row.there) for row in rows}
     behind = [row.there.prompt_ids and row.there.prompt_ids[1:] == row.here.prompt_ids
               for row in rows]
@@ -129,12 +136,18 @@ class ServingReport:
     def _chosen(self):
         return sorted(self.rows, key=lambda row: not row.difference)[:self.shown]
 
+    def _left_out(self): # a line, empty if there are none
+        n = len(self.rows)
+        return f"{self.shown} of {n} prompts are shown." if n > self.shown else ""
+
     def __repr__(self):
         lines = ["Serving: " + "\n  ".join(self.lines())]
         for row in self._chosen():
             question, tokens, here, there, difference = row.cells()
             lines.append(f"  {question!r}: {tokens} tokens; here {here}, there {there}; "
                          f"first difference: {difference}")
+        if self._left_out():
+            lines.append(f"  {self._left_out()}")
         return "\n".join(lines)
 
     def _repr_html_(self):
@@ -142,7 +155,8 @@ class ServingReport:
             return "".join(f'<{tag} style="text-align:left">{escape(c)}</{tag}>' for c in cells)
         body = "".join(f"<tr>{line(row.cells(), 'td')}</tr>" for row in self._chosen())
         said = "<br>".join(escape(text) for text in self.lines())
-        return f"<p>{said}</p><table><tr>{line(HEADS, 'th')}</tr>{body}</table>"
+        table = f"<table><tr>{line(HEADS, 'th')}</tr>{body}</table>"
+        return f"<p>{said}</p>{table}<p>{self._left_out()}</p>"
 
 def compare_answers(
     tokenizer, # with the chat template of the training
@@ -165,7 +179,8 @@ def served_model(
     names = [str(m["id"]) for m in listed if isinstance(m, dict) and "id" in m]
     if len(names) != 1:
         shown = in_a_line(", ".join(names[:9])) or "none"
-        raise ServingError(f"{url} lists {len(names)} models ({shown}): say which with name=…")
+        raise ServingError(f"{url} lists {len(names)} models ({shown}): say which with name=… "
+                           "(for `transformers serve FOLDER` it is FOLDER, as typed there)")
     return names[0]
 
 def check_serving(
@@ -176,7 +191,7 @@ def check_serving(
     name:str=None, # of the model there; by default the one that the server lists
     max_tokens:int=64, # of an answer
     seconds:float=60, # that an answer may take
-    **settings, # more fields of the request, such as `repeat_penalty=1.0` for llama.cpp
+    **settings, # more fields of the request: `return_token_ids=True` for vLLM, for example
 ) -> ServingReport:
     """Whether a server answers as the notebook does, greedily.
 
@@ -187,7 +202,7 @@ def check_serving(
     for messages in conversations:
         here = answer_here(model, tokenizer, messages, max_tokens)
         there = ask(url, name, messages, max_tokens, seconds, **settings)
-        if tells: # which ids; else it is not asked again
+        if tells and there.prompt_ids is None: # which ids; else it is not asked again
             there.prompt_ids = prompt_ids_there(url, name, messages, seconds)
             tells = there.prompt_ids is not None
         rows.append(Compared(messages, here, there))

@@ -79,7 +79,7 @@ def _hint(status) -> str:
         return f"set the environment variable {KEY_VARIABLE} to its key"
     if 300 <= status < 400:
         return "it sends on to another address: give that one"
-    if status in (404, 500):
+    if status in (400, 404, 500):
         return "is the name of the model right? If so, look at the server's own output"
     return "look at the server's own output"
 
