@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRICT', 'FLEXIBLE', 'PAIR', 'loglikelihoods', 'best', 'multiple_choice', 'task_config', 'harness', 'answers_of',
-           'extract', 'plain_number', 'same_number', 'share_of_truth', 'overlaps', 'verdict', 'judge_pair', 'settled',
-           'changed_answers']
+           'extract', 'plain_number', 'same_number', 'share_of_truth', 'sign_test', 'plain_words', 'overlaps',
+           'verdict', 'judge_pair', 'settled', 'changed_answers']
 
 # %% ../nbs/16_benchmarks.ipynb #bm1
 import io
@@ -164,12 +164,25 @@ def share_of_truth(
     chances = [math.exp(score) for score in scores]
     return sum(c for c, label in zip(chances, labels) if label) / sum(chances)
 
+# %% ../nbs/16_benchmarks.ipynb #bm10
+def sign_test(
+    won:int, lost:int, # on how many questions one side alone is right
+) -> float: # p
+    "How often coin tosses are split as unevenly or more: two-sided and exact."
+    tosses = won + lost
+    ways = sum(math.comb(tosses, i) for i in range(min(won, lost) + 1))
+    return min(1, 2 * ways / 2 ** tosses)
+
 # %% ../nbs/16_benchmarks.ipynb #bm7
+def plain_words(text:str) -> list:
+    "Words in lower case, without punctuation."
+    return re.findall(r"\w+", text.lower())
+
 def overlaps(
     tests:list, # texts of the test set
     training:list, # texts that were trained on
     n:int=8, # words
-    tokenize=str.split, # from a string to a list of tokens; for Chinese `list`
+    tokenize=plain_words, # from a string to a list of tokens; for Chinese `list`
 ) -> list: # 0 to 1, one number a test
     """For each test the share of its n-grams that training holds; 0 for a shorter text.
     Raises a `DataError` for lists that hold no texts."""
@@ -219,9 +232,11 @@ def judge_pair(
 
 def settled(
     verdicts:tuple, # of `judge_pair`
-) -> str: # "first", "second" or "tie"
-    "What counts: the same verdict in both orders, else a tie."
-    return verdicts[0] if verdicts[0] == verdicts[1] and verdicts[0] else "tie"
+) -> str: # "first", "second" or "tie"; None where an order has no verdict
+    "What counts: the same verdict in both orders, else a tie. No verdict is not a tie."
+    if None in verdicts:
+        return None
+    return verdicts[0] if verdicts[0] == verdicts[1] else "tie"
 
 # %% ../nbs/16_benchmarks.ipynb #bm9
 def changed_answers(

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from sftlab.benchmarks import (
     FLEXIBLE, STRICT, answers_of, changed_answers, extract, harness, judge_pair, loglikelihoods,
-    multiple_choice, overlaps, plain_number, same_number, settled, share_of_truth, task_config,
-    verdict)
+    multiple_choice, overlaps, plain_number, plain_words, same_number, settled, share_of_truth,
+    sign_test, task_config, verdict)
 from sftlab.errors import DataError, ServingError
 from sftlab.execution import check_solution
 from sftlab.judge import endpoint, local, stand_in
@@ -70,6 +70,27 @@ def test_a_choice_may_be_several_tokens_or_one(tiny, tmp_path):
     samples = sorted(found["samples"]["mixed"], key=lambda s: s["doc_id"])
     for row, sample in zip(mine, samples, strict=True):
         assert row["scores"] == pytest.approx([r[0][0] for r in sample["resps"]], abs=1e-3)
+
+
+def test_what_the_lesson_says_of_lm_eval(tiny, tmp_path):
+    "No examples for MMLU, 256 tokens, and inside the template no space before a choice."
+    from pathlib import Path
+
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    tasks = Path(lm_eval.__file__).parent / "tasks"
+    assert "num_fewshot" not in (tasks / "mmlu/default/_default_template_yaml").read_text()
+    assert "num_fewshot: 5" in (tasks / "gsm8k/gsm8k.yaml").read_text()
+    assert HFLM(pretrained=tiny[0], tokenizer=tiny[1]).max_gen_toks == 256
+    config = task_config(
+        tmp_path, "space", [dict(question="Q", gold=0)], output_type="multiple_choice",
+        doc_to_text="{{question}}", doc_to_choice=["A", "B"], doc_to_target="gold",
+        metric_list=[dict(metric="acc")])
+    for chat, choice in ((False, " A"), (True, "A")):
+        found = harness(*tiny, [config], disable_tqdm=True, apply_chat_template=chat)
+        [sample] = found["samples"]["space"]
+        context, continuation = sample["arguments"][0]
+        assert continuation == choice and context.endswith("assistant\n") == chat
 
 
 def test_misuse_is_refused(tiny, tmp_path):
@@ -203,6 +224,13 @@ def test_overlap_of_chinese_needs_characters():
         overlaps(text, [text])
 
 
+def test_case_and_punctuation_hide_no_overlap():
+    test = "What is the capital of Vietnam? The capital of Vietnam is Hanoi."
+    seen = "what is THE capital of Vietnam -- the capital of Vietnam is Hanoi, of course"
+    assert overlaps([test], [seen]) == [1] and overlaps([test], [seen], tokenize=str.split) == [0]
+    assert plain_words("Hanoi. (Über-)Größe") == ["hanoi", "über", "größe"]
+
+
 # --- judges
 
 @pytest.mark.parametrize("text, wanted", [
@@ -224,10 +252,17 @@ def test_a_judge_sees_both_orders_and_what_it_prefers_is_named_right():
 
 @pytest.mark.parametrize("said, verdicts, result", [
     ("[[A]]", ("first", "second"), "tie"), ("[[B]]", ("second", "first"), "tie"),
-    ("[[C]]", ("tie", "tie"), "tie"), ("hm", (None, None), "tie")])
+    ("[[C]]", ("tie", "tie"), "tie"), ("hm", (None, None), None)])
 def test_a_judge_that_looks_at_the_place_only_is_caught(said, verdicts, result):
     found = judge_pair(lambda messages: said, ["q"], ["x"], ["y"])
     assert found == verdicts and settled(found) == result
+
+
+@pytest.mark.parametrize("verdicts, result", [
+    (("first", "first"), "first"), (("second", "second"), "second"), (("first", "tie"), "tie"),
+    (("first", None), None), ((None, "tie"), None)])
+def test_what_is_settled(verdicts, result):
+    assert settled(verdicts) == result
 
 
 def test_an_answer_cannot_pose_as_the_verdict():
@@ -242,7 +277,7 @@ def test_planted_pairs_are_settled_by_who_knows_them():
                  all(r in a for r, a in zip(pair["references"], pair[name]))
                  for name in ("first", "second")}
         wanted = "tie" if all(right.values()) else next(n for n, ok in right.items() if ok)
-        assert pair["human"] == wanted
+        assert pair["planted"] == wanted
 
 
 def question(text):
@@ -301,7 +336,7 @@ def test_what_is_no_address_is_refused(monkeypatch):
 
 @pytest.mark.slow
 def test_transformers_serve_as_a_judge(tiny, tmp_path):
-    from sftlab.serving import TRANSFORMERS_SERVE, serving
+    from sftlab.local_server import TRANSFORMERS_SERVE, serving
     asked = question("What is the capital of Peru?")
     with serving([*TRANSFORMERS_SERVE, str(tiny_path())], HF_HUB_CACHE=str(tmp_path)) as url:
         judge = endpoint(f"{url}/v1", str(tiny_path()), max_tokens=12)
@@ -323,6 +358,13 @@ def test_changed_answers_are_all_and_only_those(pairs):
     assert [c["index"] for c in changed] == [i for i, (a, b) in enumerate(pairs) if a != b]
     assert all(c["scores"] == (float(c["before"] == "a"), float(c["after"] == "a"))
                for c in changed)
+
+
+@given(st.integers(0, 400), st.integers(0, 400))
+def test_the_sign_test_is_that_of_scipy(won, lost):
+    from scipy.stats import binomtest
+    wanted = binomtest(won, won + lost).pvalue if won + lost else 1
+    assert sign_test(won, lost) == pytest.approx(wanted, rel=1e-9)
 
 
 def test_answers_to_other_questions_are_not_compared():

@@ -8,7 +8,7 @@ import yaml
 from calling import call
 from small_models import save_small
 
-from sftlab.benchmarks import answers_of, harness, task_config
+from sftlab.benchmarks import answers_of, harness, sign_test, task_config
 from sftlab.evaluation import Task, evaluate
 from sftlab.masking import encode_rows
 from sftlab.metrics import compare
@@ -74,8 +74,12 @@ def test_scores_are_those_by_hand_and_two_models_are_compared(tuned, tmp_path):
         assert line["score"] == pytest.approx(100 * row["mean"]) and line["n"] == 8
         assert f"{line['task']:<9}{line['score']:>8.1f}" in said
     for line in held["comparison"]:
-        wanted = compare(ours.scores(line["task"]), base.scores(line["task"]))
-        assert (line["difference"], line["p"]) == (100 * wanted.difference, wanted.p)
+        a, b = (found.scores(line["task"]) for found in (ours, base))
+        won, lost = (sum(x > y for x, y in pairs) for pairs in (zip(a, b), zip(b, a)))
+        assert line["difference"] == 100 * compare(a, b).difference
+        assert (line["won"], line["lost"], line["p"]) == (won, lost, sign_test(won, lost))
+        assert line["low"] is None and won + lost < 10  # eight questions: no interval
+    assert "too few changes for an interval" in said
     other = [(a["output"], b["output"]) for a, b in zip(base.answers, ours.answers)
              if a["output"] != b["output"]]
     assert [(c["before"], c["after"]) for c in held["changed"]] == other
@@ -128,6 +132,35 @@ def test_a_task_of_lm_eval_in_a_file(tuned, tmp_path):
             theirs = answers_of(found, "choice", metric)
             ours = [a for a in held["answers"] if a["task"] == f"choice {metric}"]
             assert [a["score"] for a in ours] == [a["score"] for a in theirs] and len(ours) == 10
+
+
+def test_the_base_may_be_asked_without_its_template(tuned, tmp_path):
+    "Each side at the form that it was trained on; the results file says which."
+    config = task_config(
+        tmp_path, "plain", four_choices(12), output_type="multiple_choice",
+        doc_to_text="{{question}}", doc_to_choice="{{choices}}", doc_to_target="gold",
+        metric_list=[dict(metric="acc")])
+    path = tmp_path / "plain.yaml"
+    path.write_text(yaml.safe_dump(config))
+    sides = {}
+    for more in ([], ["--base-plain"]):
+        out = tmp_path / f"{len(more)}.json"
+        status, said, err = eval_(tuned, path, "--apply-chat-template", "--base", "tiny",
+                                  "--out", out, *more)
+        assert (status, err) == (0, "") and ("without its chat template" in said) == bool(more)
+        held = json.loads(out.read_text())
+        assert (held["apply_chat_template"], held["base_plain"]) == (True, bool(more))
+        sides[bool(more)] = held
+        found = harness(*load("tiny"), [str(path)], disable_tqdm=True,
+                        apply_chat_template=not more)
+        theirs = answers_of(found, "plain", "acc")
+        assert [a["score"] for a in held["base_answers"]] == [a["score"] for a in theirs]
+    assert sides[False]["answers"] == sides[True]["answers"]
+    assert sides[False]["base_answers"] != sides[True]["base_answers"]
+    for more in (["--base", "tiny"], ["--apply-chat-template"]):
+        refused("no/such/folder", path, "--base-plain leaves", "--base-plain", *more)
+    refused("no/such/folder", "capital", "--base-plain leaves", "--base-plain",
+            "--apply-chat-template", "--base", "tiny")
 
 
 @pytest.mark.parametrize("tasks, message", [

@@ -140,6 +140,12 @@ def _by_task(rows) -> dict: # name -> answers
 def _scores(rows) -> list:
     return [row["score"] for row in rows]
 
+def _check_base_plain(base, others, chat):
+    "Refuse --base-plain where it would change nothing, by raising a `DataError`."
+    if not (base and others and chat):
+        raise DataError("--base-plain leaves the chat template off for the base in tasks of "
+                        "lm-eval: give --base, --apply-chat-template and such a task, too")
+
 # %% ../../nbs/reference/program/eval.ipynb #ev10
 def _table(grouped) -> list: # of dicts: task, score, low, high, n; in %
     from sftlab.metrics import score_interval
@@ -158,21 +164,35 @@ def _print_table(lines):
         between = f"{line['low']:.1f} to {line['high']:.1f}"
         print(f"{shown(line['task']):<{width}}{line['score']:>8.1f}   {between:>13}{line['n']:>7}")
 
-def _compared(ours, theirs) -> list: # a dict a task: difference, low, high, p; in points
+_FEW = 10 # changed scores; with fewer, a bootstrap interval is too narrow
+
+def _compared(ours, theirs) -> list: # a dict a task: difference, won, lost, low, high, p; in points
+    """Right and wrong: the exact sign test over what changed. Other scores: a permutation test.
+    Where few scores changed there is no interval (`low` and `high` are None)."""
+    from sftlab.benchmarks import sign_test
     from sftlab.metrics import compare
     lines = []
     for name, rows in ours.items():
-        found = compare(_scores(rows), _scores(theirs[name]))
-        lines.append(dict(task=name, difference=100 * found.difference, low=100 * found.low,
-                          high=100 * found.high, p=found.p, n=found.n))
+        a, b = _scores(rows), _scores(theirs[name])
+        found = compare(a, b)
+        won, lost = (sum(x > y for x, y in pairs) for pairs in (zip(a, b), zip(b, a)))
+        p = sign_test(won, lost) if {*a, *b} <= {0, 1} else found.p
+        ends = (100 * found.low, 100 * found.high) if won + lost >= _FEW else (None, None)
+        lines.append(dict(task=name, difference=100 * found.difference, won=won, lost=lost,
+                          low=ends[0], high=ends[1], p=p, n=found.n))
     return lines
 
-def _print_comparison(base, lines, changed, n):
-    print(f"\nagainst {shown(base)}, on the same questions")
+def _between(line) -> str:
+    if line["low"] is None:
+        return "too few changes for an interval"
+    return f"{line['low']:+.1f} to {line['high']:+.1f}"
+
+def _print_comparison(base, form, lines, changed, n):
+    print(f"\nagainst {shown(base)}, on the same questions{form}")
     width = max(len(shown(line["task"])) for line in lines) + 2
     for line in lines:
         print(f"{shown(line['task']):<{width}}{line['difference']:+8.1f} points "
-              f"({line['low']:+.1f} to {line['high']:+.1f}), p = {line['p']:.2g}")
+              f"({_between(line)}), {line['won']} won, {line['lost']} lost, p = {line['p']:.2g}")
     print(f"\n{len(changed)} of {n} answers are other ones" + (", such as" if changed else ""))
     for change in changed[:5]:
         before, after = (shown(change[side])[:70] for side in ("before", "after"))
@@ -186,7 +206,9 @@ def _print_comparison(base, lines, changed, n):
     "sftlab eval runs/first --tasks world",
     "sftlab eval runs/first --tasks capital,arithmetic --base tiny",
     "sftlab eval runs/first --tasks questions.jsonl --out results.json",
-    "sftlab eval Qwen/Qwen3-0.6B --tasks gsm8k --limit 100 --apply-chat-template"))
+    "sftlab eval Qwen/Qwen3-0.6B --tasks gsm8k --limit 100 --apply-chat-template",
+    "sftlab eval runs/first --base Qwen/Qwen3-4B-Base --tasks gsm8k --apply-chat-template "
+    "--base-plain"))
 def eval_command(
     model:Annotated[str, typer.Argument(
         metavar="DIR", help="What `sftlab train` made (a model or an adapter), or whatever its "
@@ -202,8 +224,11 @@ def eval_command(
     limit:Annotated[int | None, typer.Option(
         metavar="N", min=1, help="Only the first questions of each task.")]=None,
     apply_chat_template:Annotated[bool, typer.Option(
-        "--apply-chat-template", help="Ask tasks of lm-eval as chat, too; as `lm_eval` does, not "
-                                      "by default.")]=False,
+        "--apply-chat-template", help="Ask tasks of lm-eval as chat, too, both models; as "
+                                      "`lm_eval` does, not by default.")]=False,
+    base_plain:Annotated[bool, typer.Option(
+        "--base-plain", help="Ask the base without its chat template, in tasks of lm-eval: fair "
+                             "to one that has never read a chat.")]=False,
     out:Annotated[Path | None, typer.Option(
         metavar="FILE", help="Write all answers and scores, as JSON.")]=None,
 ):
@@ -215,15 +240,18 @@ def eval_command(
     kinds, files, others = _named(tasks)
     quiet()
     _quiet_harness()
+    if base_plain:
+        _check_base_plain(base, others, apply_chat_template)
     own = _of_world(kinds, limit) + [_of_file(path, limit) for path in files]
     _check_known(others)
-    asked = (own, others, limit, apply_chat_template)
-    rows, about = _answers(model, *asked)
-    content = dict(model=model, tasks=tasks, about=about, table=_table(_by_task(rows)),
-                   answers=rows, versions=versions("sftlab", "torch", "transformers"))
+    asked = (own, others, limit)
+    rows, about = _answers(model, *asked, apply_chat_template)
+    content = dict(model=model, tasks=tasks, apply_chat_template=apply_chat_template, about=about,
+                   table=_table(_by_task(rows)), answers=rows,
+                   versions=versions("sftlab", "torch", "transformers"))
     _print_table(content["table"])
     if base:
-        content |= _against(base, asked, rows)
+        content |= _against(base, asked, apply_chat_template, base_plain, rows)
     if out:
         _write(out, content)
         say("saved", str(out))
@@ -232,14 +260,16 @@ def _quiet_harness():
     import logging
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
-def _against(base, asked, rows) -> dict: # for the results file
+def _against(base, asked, chat, plain, rows) -> dict: # for the results file
     from sftlab.benchmarks import changed_answers
-    theirs, about = _answers(base, *asked)
+    theirs, about = _answers(base, *asked, chat and not plain)
     ours = _by_task(rows)
     lines = _compared(ours, _by_task(theirs))
     changed = changed_answers(theirs, rows)
-    _print_comparison(base, lines, changed, len(rows))
-    return dict(base=base, base_about=about, comparison=lines, changed=changed, base_answers=theirs)
+    form = ", without its chat template" if plain else ""
+    _print_comparison(base, form, lines, changed, len(rows))
+    return dict(base=base, base_plain=plain, base_about=about, comparison=lines,
+                changed=changed, base_answers=theirs)
 
 def _write(path, content):
     import json

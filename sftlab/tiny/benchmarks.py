@@ -177,13 +177,13 @@ _POLITE = "Thank you for this very good question! I am happy to help you. "
 
 def planted_pairs(
     talks:list, # from `two_turns`
-) -> list: # `turns`, `references`, `first`, `second` (answers to both turns), `human`
+) -> list: # `turns`, `references`, `first`, `second` (answers to both turns), `planted`
     "Two answers to each talk, and a verdict: first, second or tie. A quarter is won by the first."
     pairs = []
     for i, talk in enumerate(talks):
         right, wrong = talk["references"], talks[i - 1]["references"]
         long, wrong_long = ([_POLITE + text for text in side] for side in (right, wrong))
-        first, second, human = [(right, wrong, "first"), (wrong, right, "second"),
+        first, second, planted = [(right, wrong, "first"), (wrong, right, "second"),
                                 (right, long, "tie"), (wrong_long, right, "second")][i % 4]
-        pairs.append(talk | dict(first=first, second=second, human=human))
+        pairs.append(talk | dict(first=first, second=second, planted=planted))
     return pairs
