@@ -7,9 +7,8 @@ __all__ = ['LESSON', 'q1', 'q2', 'q3', 'q4', 'Server']
 
 # %% ../../../exercises/solutions/22_serving.ipynb #e2200004
 import functools
-import math  # noqa: F811
+import math
 import random
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -131,6 +130,10 @@ def _(logits, seen, penalty): return [_less(logits[i], penalty) for i in dict.fr
 @q1.mistake("a logit for each token seen",
     "you return a logit for each token of `seen`. All logits are wanted, one a token id.")
 def _(logits, seen, penalty): return [_less(logits[i], penalty) for i in seen]
+
+@q1.mistake("forbidden",
+    "you forbid the tokens that were seen. They become less likely, and stay possible.")
+def _(*args): return _penalised(*args, change=lambda x, penalty: -math.inf)
 
 @q1.mistake("the most likely token", "you return a token. The logits are wanted.")
 def _(*args):
@@ -463,9 +466,10 @@ class Server:
 def asked(server, messages, max_tokens):
     "A server's answer, and whether the model ended it by itself."
     # BEGIN SOLUTION
-    from sftlab.rendering import prompt_ids
-    sent = server.post("/v1/completions", dict(
-        prompt=prompt_ids(server.tokenizer, messages), max_tokens=max_tokens, temperature=0))
+    from sftlab import rendering
+    ids = rendering.prompt_ids(server.tokenizer, messages)
+    sent = server.post(
+        "/v1/completions", dict(prompt=ids, max_tokens=max_tokens, temperature=0))
     choice = sent["choices"][0]
     return choice["text"], choice["finish_reason"] == "stop"
     # END SOLUTION
@@ -513,7 +517,9 @@ def _(function, server, messages, max_tokens):
     pair = _lists(function(server, messages, max_tokens))
     if pair is None:
         return None
-    got = server.got[-1] if server.got else dict(prompt=[], max_tokens=None, greedy=None)
+    if not server.got: # what it says is all that can be judged
+        asked(server, messages, max_tokens)
+    got = server.got[-1]
     limit = "as wanted" if got["max_tokens"] == max_tokens else "another"
     return dict(returned=pair, prompt=_tokenizer().decode(got["prompt"]), greedy=got["greedy"],
                 max_tokens="not sent" if got["max_tokens"] is None else limit)
@@ -570,6 +576,11 @@ def _(*args): return _asked(*args, write=lambda *a: _as_template(*a).removeprefi
     "you leave out system messages. Those of the user stay; only the client's own goes.")
 def _(server, messages, max_tokens):
     return _asked(server, [m for m in messages if m["role"] != "system"], max_tokens)
+
+@q3.mistake("the user's messages alone",
+    "you send the user's messages alone. The model has to see its own answers, too.")
+def _(server, messages, max_tokens):
+    return _asked(server, [m for m in messages if m["role"] == "user"], max_tokens)
 
 @q3.mistake("the last message alone",
     "you send the last message alone. The model has to see the conversation so far.")
@@ -673,13 +684,14 @@ q4 = OpenQuestion("serving.as_good", "As good as in the notebook",
         "there, probably a BOS that both the template and the tokenizer add, and I would look at "
         "the ids of a few prompts through /apply-template and /tokenize. "
         "Writing llama-bpe only silenced the converter; our tokenizer cuts lists and code in "
-        "another way, which short test questions do not show, so I would compare ids on lists, code "
-        "and tables, and choose a name under which all agree, or make the ids myself and send those. "
+        "another way, which short test questions do not show, so I would compare ids on lists, "
+        "code and tables, and choose a name under which all agree, or make the ids myself and "
+        "send those. "
         "Sentences that stop in the middle are cut off: if finish_reason says length, then "
         "max_tokens or the context is too small. "
         "For all comparisons I would set temperature 0 and a penalty of 1.0, for 0.2 still "
-        "samples. Once the prompts are equal I would compare answers of a 16-bit file, and then those "
-        "of four bits with these. "
+        "samples. Once the prompts are equal I would compare answers of a 16-bit file, and then "
+        "those of four bits with these. "
         "Nothing here says that the weights were trained too little, so no further epoch."),
     hints=[
         "Three complaints, three causes: which step of the lesson's picture does each come from?",
