@@ -7,6 +7,7 @@ __all__ = ['LESSON', 'q1', 'q2', 'q3', 'q4', 'study']
 
 # %% ../../../exercises/solutions/17_judging.ipynb #b7000004
 import functools
+import itertools
 import math
 import random
 import statistics  # noqa: F811
@@ -41,12 +42,11 @@ def leaning(judgements):
     # END SOLUTION
 
 # %% ../../../exercises/solutions/17_judging.ipynb #b7000012
-def _judged(rng, **raters): # of each rater how often left, right and tie were chosen
+def _judged(rng, names=("new", "old"), **raters): # how often each chose left, right and tie
     made = []
     for rater, (left, right, tie) in raters.items():
         for winner in ["left"] * left + ["right"] * right + ["tie"] * tie:
-            models = ["new", "old"]
-            rng.shuffle(models)
+            models = rng.sample(names, 2)
             made.append(dict(left=models[0], right=models[1],
                              winner=dict(left=models[0], right=models[1]).get(winner, "tie"),
                              rater=rater))
@@ -54,7 +54,7 @@ def _judged(rng, **raters): # of each rater how often left, right and tie were c
     return made
 
 q1 = Question("judging.leaning", "Who leans to a side?", leaning,
-    stars=1, minutes=8,
+    stars=1, minutes=8, seconds=20,
     example=lambda: (_judged(random.Random(1), Ada=(6, 0, 1), Ben=(1, 2, 0)),),
     hints=[
         "For each rater you need two numbers: how many decided, and how many of them left.",
@@ -83,6 +83,7 @@ def _(rng):
         dict(Ada=(9, 1, 30)), dict(Ada=(1, 9, 30)), dict(Ada=(10, 1, 4)), dict(Ada=(1, 10, 4)),
         dict(Ada=(20, 1, 0), Ben=(4, 5, 0), Cleo=(0, 8, 1)), dict(Ada=(6, 4, 0), Ben=(4, 6, 0)),
         dict(Ada=(12, 0, 9), Ben=(5, 5, 40)), dict(Ada=(14, 0, 0), Ben=(0, 14, 0)),
+        dict(Ada=(15, 5, 0)), dict(Ada=(5, 15, 2)), dict(names=("base", "sft"), Ben=(1, 9, 2)),
         dict(Ada=clear(12), Ben=clear(12), Cleo=clear(12)), dict(Dan=clear(30), Eve=clear(20)),
         dict(Ada=clear(15), Ben=clear(8), Cleo=clear(25), Dan=clear(40))]
     return [([],), *[(_judged(rng, **some),) for some in raters]]
@@ -218,6 +219,56 @@ def _(js):
     return {rater: left / n for rater, sides in _chosen(js).items() if rater in _leaning(js)
             for left, n in [_decided(sides)]}
 
+@q1.mistake("all ties in the count alone",
+    "your share is of decided judgements, and your interval of as many as there are with ties, so "
+    "it is too narrow. Both numbers leave ties out.")
+def _(js):
+    def count(sides):
+        left, n = _decided(sides)
+        return (left / n * len(sides), len(sides)) if n else (0, 0)
+    return _leaning(js, count)
+
+@q1.mistake("judgements of all raters below the line",
+    "you divide by the decided judgements of all raters. Count each rater's own.")
+def _(js):
+    n = sum(_decided(sides)[1] for sides in _chosen(js).values())
+    return _leaning(js, lambda sides: (sides.count("left"), n))
+
+@q1.mistake("not left is right",
+    "who does not lean to the left leans to the right, in your result. Some lean to neither side.")
+def _(js): return _leaning(js, side=lambda left, n: _wilson(left, n) or "right")
+
+@q1.mistake("neighbours alone",
+    "`groupby` puts only neighbours together. A rater's judgements are scattered: sort by rater "
+    "first.")
+def _(js):
+    found = {}
+    for _, run in itertools.groupby(js, key=lambda j: j["rater"]):
+        found |= _leaning(list(run))
+    return found
+
+@q1.mistake("one rater alone",
+    "you return as soon as one rater leans. Others may, too: `return` belongs behind the loop.")
+def _(js): return dict([*_leaning(js).items()][:1])
+
+@q1.mistake("up to the first tie",
+    "your loop ends at the first tie. Go on with the next judgement (`continue`).")
+def _(js): return _leaning([*itertools.takewhile(lambda j: j["winner"] != "tie", js)])
+
+@q1.mistake("rounded ends",
+    "you round the ends of the interval: 0.53 becomes 0.5. Compare them as they are.")
+def _(js):
+    def rounded(left, n):
+        from sftlab.generation import wilson_interval
+        low, high = (round(end, 1) for end in wilson_interval(left, n))
+        return "left" if low > 0.5 else "right" if high < 0.5 else None
+    return _leaning(js, side=rounded)
+
+@q1.mistake("two names alone",
+    "your code knows the names `new` and `old`. Models may have any name: compare `winner` with "
+    "`left` and `right`.")
+def _(js): return _leaning([j for j in js if j["winner"] in ("new", "old")])
+
 @q1.mistake("a rater of ties stops it",
     "a rater may have called everything a tie: then there is nothing to divide by, and no leaning.")
 def _(js):
@@ -279,6 +330,10 @@ def _(rng):
     return [
         ([[1, 0], [0, 1], [1, 0]], 100, 5, 1, 3), ([[1, 0], [1, 1]], 100, 20, 1, 5),
         ([[1, 1], [0, 0], [1, 1], [0.5, 0.5]], 120, 10, 2, 5),
+        ([[0, 1], [1, 0], [0, 0], [1, 1]], 300, 5, 1, 8), # within does as much as between
+        ([[1, 0], [0, 1], [1, 0]], 27, 10, 4, 6), # a fifth rater is too dear for one prompt
+        ([[1, 0], [1, 0], [1, 0.5], [0.5, 0]], 300, 20, 3, 6), # raters vary, and prompts do not
+        ([[1, 1], [0, 0], [1, 0.5]], 1000, 40, 2, 6), # raters hardly vary
         ([[1, 1], [0, 0], [1, 0]], 60, 0, 3, 4), ([[1, 1], [0, 0], [1, 0]], 100, 10, 10, 10),
         ([[0.5, 0, 0], [0, 0.5, 0.5], [0.5, 1, 1], [1, 1, 0]], 300, 20, 3, 8),
         ([[0, 1], [0.5, 0.5], [1, 1], [0.5, 0], [1, 0], [0.5, 0.5]], 300, 20, 4, 6),
@@ -445,6 +500,75 @@ def _(*args): return _counted(*args, prompts=0)
 @q2.mistake("over all prompts and raters",
     "your variances divide by the count. `statistics.variance` divides by one less.")
 def _(*args): return _counted(*args, raters=0, prompts=0)
+
+@q2.mistake("all scores in within",
+    "your within is the variance of all scores, whichever prompt they belong to. Take the variance "
+    "of each prompt's scores, and their mean.")
+def _(*args):
+    def within(p): return _variance(sum(p, []))
+    return _plan(*args, within=within,
+                 between=lambda p: max(0, _means_vary(p) - within(p) / len(p[0])))
+
+@q2.mistake("all scores, less within",
+    "you take within off the variance of all scores. It belongs off the variance of the means, "
+    "divided by the pilot's raters.")
+def _(*args): return _plan(*args, between=lambda p: max(0, _variance(sum(p, [])) - _within(p)))
+
+@q2.mistake("within added up",
+    "you add up the variances of the prompts. Within is their mean.")
+def _(*args):
+    def within(p): return len(p) * _within(p)
+    return _plan(*args, within=within,
+                 between=lambda p: max(0, _means_vary(p) - within(p) / len(p[0])))
+
+@q2.mistake("within by the prompts",
+    "you take off within / (the pilot's prompts). A mean over r raters has within / r of it: "
+    "divide by the pilot's raters.")
+def _(*args): return _plan(*args, between=lambda p: max(0, _means_vary(p) - _within(p) / len(p)))
+
+@q2.mistake("within by the people",
+    "you take off within / people. How many raters judged a prompt of the pilot?")
+def _(*args):
+    return _plan(*args, between=lambda p: max(0, _means_vary(p) - _within(p) / args[-1]))
+
+@q2.mistake("raters for prompts",
+    "your variances go along the wrong axis: each list of the pilot is one prompt, and holds what "
+    "its raters said.")
+def _(pilot, *costs):
+    return _plan([list(scores) for scores in zip(*pilot)], *costs)
+
+@q2.mistake("within and between changed places",
+    "within is what raters take care of: within / k. Yours is between / k.")
+def _(*args): return _plan(*args, varies=lambda between, within, n, k: (within + between / k) / n)
+
+@q2.mistake("as many raters as the pilot",
+    "you try no more raters than the pilot had. From its within you know what more would do: up "
+    "to `people`.")
+def _(*args): return _plan(*args[:-1], min(args[-1], len(args[0][0])))
+
+@q2.mistake("two raters or more",
+    "you never try one rater alone: k begins with 1.")
+def _(*args):
+    plans = {some: x for some, x in _variances(*args).items() if some[1] > 1}
+    return min(plans, key=plans.get)
+
+@q2.mistake("prompts paid once",
+    "you pay prompt_cost once for the whole study. Each prompt costs that.")
+def _(*args):
+    return _plan(*args, prompts=lambda budget, first, each, k: max(
+        0, int((budget - first) // (k * each))))
+
+@q2.mistake("the last minutes are left",
+    "a plan may cost all of the budget. Yours always leaves something.")
+def _(*args):
+    return _plan(*args, prompts=lambda budget, first, each, k: math.ceil(
+        budget / (first + k * each)) - 1)
+
+@q2.mistake("a prompt that nobody pays",
+    "where the budget does not pay for one prompt with k raters, n is 0. You make it 1: that is "
+    "over the budget.")
+def _(*args):
+    return _plan(*args, prompts=lambda *costs: max(1, _prompts(*costs)))
 
 @q2.mistake("the worst plan", "this is the plan that varies most. Take the least.")
 def _(*args): return _plan(*args, pick=max)
@@ -678,6 +802,52 @@ def _(log): return _win_share(log, interval=lambda scores: _normal(scores, stati
     "the win rate is right, and its interval is still over judgements. Call `mean_score` with one "
     "number a prompt.")
 def _(log): return _win_share(log)[0], *_win_share(log, faults=("raters",))[1:]
+
+@q3.mistake("a win rate over judgements",
+    "the interval is over prompts, and your win rate still over judgements, so a prompt with five "
+    "raters weighs five times as much as a prompt with one.")
+def _(log):
+    return statistics.fmean(sum(_scores(log).values(), [])), *_win_share(log)[1:]
+
+@q3.mistake("ties are left out of each prompt",
+    "you take the mean of each prompt's decided judgements, and one half where there are none. A "
+    "tie counts half among the others, too.")
+def _(log):
+    def decided(some):
+        sure = [x for x in some if x != 0.5]
+        return statistics.fmean(sure) if sure else 0.5
+    return _win_share(log, one=decided)
+
+@q3.mistake("prompts with all raters alone",
+    "you leave out prompts that some rater did not see. Their mean is over those who did.")
+def _(log):
+    most = max(map(len, _scores(log).values()))
+    return _win_share([row for row in log if len(_scores(log)[row["prompt"]]) == most])
+
+@q3.mistake("by the raters of the study",
+    "you divide by the number of raters in the log. Not each of them sees each prompt: divide by "
+    "those who did.")
+def _(log):
+    raters = len({row["rater"] for row in log})
+    return _win_share(log, one=lambda some: sum(some) / raters)
+
+@q3.mistake("neighbours alone",
+    "`groupby` puts only neighbours together. The rows of a prompt are scattered: sort by prompt "
+    "first.")
+def _(log):
+    runs = [list(run) for _, run in itertools.groupby(log, key=lambda row: row["prompt"])]
+    return _win_share([row | dict(prompt=i) for i, run in enumerate(runs) for row in run])
+
+@q3.mistake("distances",
+    "you return how far the ends are from the win rate. Return the ends.")
+def _(log):
+    share, low, high = _win_share(log)
+    return share, share - low, high - share
+
+@q3.mistake("low end first", "the win rate comes first, then the two ends.")
+def _(log):
+    share, low, high = _win_share(log)
+    return low, share, high
 
 @q3.mistake("raters instead of prompts",
     "you take the mean of each rater. Then you have as many numbers as raters; prompts are what "

@@ -72,6 +72,7 @@ def _(rng):
         (plain([-100, 5], [0.0, 1.5]), plain([-100, 5], [0.0, 0.5])),
         (plain([-100, 5, 6], [0.0, 0.0, 2.0]), plain([-100, 5, 6], [0.0, 1.0, 0.0])),
         (plain([-100, 5, -100], [0.0, 2.0, 0.0]), plain([-100, 5, 6], [0.0, 1.0, 4.0])),
+        (plain([-100, 0, 5], [0.0, 3.0, 1.0]), plain([-100, 0, 5], [0.0, 1.0, 2.0])), # token 0
         some(3, keep_a=1, keep_b=1), some(4, 2), some(9, 2, 5), some(3, 3, 12, keep_a=0.5),
         some(6, 1, 1, keep_a=0.6, keep_b=0.4), some(20, 3, keep_a=0.9), some(5, 8, 2, 7),
         some(2, 15, keep_b=0.5), some(4, 4, 4, 4, 4)]
@@ -193,6 +194,16 @@ def _(a, b):
     kept = [pair for pair in pairs if all(pair)] or [(0, 0)]
     return [math.exp(statistics.fmean(costs)) for costs in zip(*kept)]
 
+@q1.mistake("token 0",
+    "you leave out the label 0. That is a token like others; only -100 is no label.")
+def _(a, b): return _two(a, b, _perplexity, lambda label, other: min(label, other) > 0)
+
+@q1.mistake("labels moved by one",
+    "you look at the next token's label. `nats` already belong to the label at the same place.")
+def _(a, b):
+    moved = [[dict(row, labels=[*row["labels"][1:], -100]) for row in rows] for rows in (a, b)]
+    return _two(*moved, _perplexity)
+
 @q1.mistake("the first row", "you look at the first row alone.")
 def _(a, b): return _two(a[:1], b[:1], lambda costs: _perplexity(costs) if any(costs) else math.nan)
 
@@ -272,6 +283,11 @@ def _(*args): return _gap(*args, error=lambda x, y: _paired(x, y) * math.sqrt(le
     "you divide the standard deviation by the number of problems. Divide by the root of it.")
 def _(*args): return _gap(*args, error=lambda x, y: _paired(x, y) / math.sqrt(len(x)))
 
+@q2.mistake("divided by the root of m - 1",
+    "`statistics.stdev` divides by m - 1 already. Divide it by the root of m.")
+def _(*args):
+    return _gap(*args, error=lambda x, y: _paired(x, y) * math.sqrt(len(x) / (len(x) - 1)))
+
 @q2.mistake("divided by the root of n",
     "you divide by the root of `n`, which is the number of programs a problem. The mean is over "
     "the problems.")
@@ -297,6 +313,18 @@ def _(*args): return _gap(*args, error=lambda x, y: 1.96 * _paired(x, y))
 @q2.mistake("errors subtracted",
     "you subtract one standard error from the other. Take the standard error of the differences.")
 def _(*args): return _gap(*args, error=lambda x, y: _error(x) - _error(y))
+
+@q2.mistake("errors subtracted, without sign",
+    "you subtract one standard error from the other. Take the standard error of the differences.")
+def _(*args): return _gap(*args, error=lambda x, y: abs(_error(x) - _error(y)))
+
+@q2.mistake("pass@k as coins",
+    "you take each pass@k for a coin that falls on 0 or 1, and the models' problems for different "
+    "ones. Take the standard error of the differences.")
+def _(*args):
+    def error(x, y):
+        return math.sqrt(sum(p * (1 - p) for p in map(statistics.fmean, (x, y))) / len(x))
+    return _gap(*args, error=error)
 
 @q2.mistake("errors added",
     "you add the two standard errors. Take the standard error of the differences.")
@@ -354,7 +382,7 @@ def _(a, b, n, k):
         return [math.nan, math.nan]
     return _gap(*zip(*pairs), n, k)
 
-@q2.mistake("in percent", "your numbers are in percent. Shares are wanted: 0.13, not 13.")
+@q2.mistake("in percent", "your numbers are in percent. Shares are wanted: 0.106, not 10.6.")
 def _(*args): return [100 * x for x in _gap(*args)]
 
 # %% ../../../exercises/solutions/15_metrics.ipynb #e1500031
@@ -426,6 +454,8 @@ def _(rng):
         (["a b c d e f"], [["a b c d e f g h", "a b c d"]]),
         (["a b c d e f"], [["a b c d", "a b c d e f g h"]]),
         (["a b c d x", "e f"], [["a b c d", "a b c d y"], ["e f g", "e f g h i"]]),
+        (["It is a big red Dog"], [["it is a big red dog", "It is a big red cat"]]),
+        (["a b c d e f"], [["a b c d", "a b c d e f international"]]), # words, not letters
         some(2, 1), some(3, 2, 2), some(1, 3, 3), some(4, 3), some(3, 4, empty=True),
         some(4, 2, longest=7), some(5, 3, 2), some(6, 3)]
 
@@ -615,6 +645,59 @@ def _(*args):
     def near(size, lengths): return min(lengths, key=lambda n: abs(n - size))
     return _bleu(_counts(*args, near=near))
 
+@q3.mistake("the nearest in letters",
+    "you compare lengths in letters. They are counted in words.")
+def _(outputs, references):
+    chosen = [len(min(several, key=lambda one: (abs(len(one) - len(o)), len(one.split()))).split())
+              for o, several in zip(outputs, references)]
+    lengths = iter(chosen)
+    return _bleu(_counts(outputs, references, near=lambda *_: next(lengths)))
+
+@q3.mistake("the nearest reference alone",
+    "you use only the reference that is nearest in length. That is right for the length; runs may "
+    "come from any of them.")
+def _(outputs, references):
+    def off(output, one): return (abs(len(one.split()) - len(output.split())), len(one.split()))
+    return _bleu(_counts(outputs, [[min(several, key=functools.partial(off, o))]
+                                   for o, several in zip(outputs, references)]))
+
+@q3.mistake("the best reference for each size",
+    "of the references you take the one with which most runs are shared. Each *run* may be in "
+    "another one: take the larger count of each run, `|`.")
+def _(*args):
+    def known(several, n): return [_runs(one, n) for one in several]
+    def found(runs, known): return max((runs & one).total() for one in known)
+    return _bleu(_counts(*args, known=known, found=found))
+
+@q3.mistake("each output with each reference",
+    "you hold each output against each of its references, as if they were texts of their own. A "
+    "run is found if *one* of them has it.")
+def _(outputs, references):
+    pairs = [(o, [one]) for o, several in zip(outputs, references) for one in several]
+    return _bleu(_counts(*zip(*pairs)), smooth=True)
+
+@q3.mistake("clipped over all texts",
+    "you add up the runs of all texts, and compare then. An output's run has to be in one of its "
+    "own references: compare first, then add up.")
+def _(outputs, references):
+    rows, made = _counts(outputs, references), []
+    for n in range(1, 5):
+        runs = sum((_runs(o.split(), n) for o in outputs), _runs([], n))
+        most = sum((_most([x.split() for x in some], n) for some in references), _runs([], n))
+        made.append(_clipped(runs, most) / runs.total())
+    return _bleu(rows, mean=lambda _: _geometric(made))
+
+@q3.mistake("short texts have a run, too",
+    "a text of two words has no run of three, and yours counts one, as NLTK does. `len - n + 1`, "
+    "0 at least.")
+def _(*args): return _bleu(_counts(*args, total=lambda runs: max(1, runs.total())))
+
+@q3.mistake("capitals do not count",
+    "you drop capitals. Words are what `str.split` returns: `Dog` is not `dog`.")
+def _(outputs, references):
+    return _bleu(_counts([o.lower() for o in outputs], [[x.lower() for x in some]
+                                                        for some in references]))
+
 @q3.mistake("arithmetic mean",
     "you take the arithmetic mean of the four shares. BLEU takes the geometric one: the mean of "
     "their logs, then `exp`.")
@@ -685,9 +768,13 @@ def _(rng):
     def all_seen(n):
         made = rows(rng.choices(_OUTPUTS, k=n), _CUT[:2])
         return made, seen(made)
+    def otherwise(n): # the same questions with another wording of the answer
+        made = rows(rng.choices(_OUTPUTS, k=n))
+        return made, [dict(row, answer=f"{row['answer']} it is") for row in seen(made[1:])]
     one_by_one = [(rows([pair]), []) for pair in _OUTPUTS]
     return [
-        *one_by_one, *[(rows([], [pair]), []) for pair in _CUT], (rows(_OUTPUTS, _CUT), []),
+        *one_by_one, otherwise(2), otherwise(4), *[(rows([], [pair]), []) for pair in _CUT],
+        (rows(_OUTPUTS, _CUT), []),
         all_seen(3), some(4, 1, 2), some(8, 2, 3), some(6, 0, 4), some(10, 4, 0), some(12, 3, 6),
         some(20, 5, 8)]
 
@@ -786,6 +873,24 @@ def _(*args): return _scored(*args, form=lambda text: "".join(text.casefold().sp
     "two spaces in a text still count as two. Make them single: `\" \".join(text.split())`.")
 def _(*args): return _scored(*args, form=lambda text: text.strip().casefold().rstrip("."))
 
+@q4.mistake("a full stop counts, and spaces inside",
+    "a full stop at the end still counts, and so do two spaces in a text: `lima.` is right.")
+def _(*args): return _scored(*args, form=lambda text: text.strip().casefold())
+
+@q4.mistake("every full stop is dropped",
+    "you drop every full stop, so 1.5 becomes 15. Drop one at the end only: "
+    "`removesuffix(\".\")`.")
+def _(*args):
+    return _scored(*args, form=lambda text: " ".join(text.casefold().replace(".", "").split()))
+
+@q4.mistake("a few marks are kept",
+    "you keep the marks that you thought of, and drop the others: C++ becomes C, 3/4 becomes 34, "
+    "and Chinese becomes nothing. Drop only capitals, spaces and a full stop at the end.")
+def _(*args):
+    import re
+    return _scored(*args, form=lambda text: " ".join(
+        re.sub("[^a-z0-9 .-]", "", text.casefold()).split()).rstrip("."))
+
 @q4.mistake("empty outputs are left out",
     "you leave out empty outputs. A model that says nothing has not answered: count it.")
 def _(*args): return _scored(*args, counted=lambda row: row["output"].strip())
@@ -823,6 +928,15 @@ def _(rows, trained): return [_scored(rows, [])[0], _scored(rows, trained)[1]]
     "same answer: compare questions.")
 def _(*args):
     def new(row, trained): return row["answer"] not in [one["answer"] for one in trained]
+    return _scored(*args, new=new)
+
+@q4.mistake("questions with their answers",
+    "you leave out a question only if it was trained on with the very same answer. `It is Lima` "
+    "teaches the question, too: compare questions alone.")
+def _(*args):
+    def new(row, trained):
+        pairs = [(one["question"], one["answer"]) for one in trained]
+        return (row["question"], row["answer"]) not in pairs
     return _scored(*args, new=new)
 
 @q4.mistake("only what was trained on",
@@ -940,6 +1054,7 @@ def _(rng):
         (Kept(("peru in is lima ok", "oslo is old")), [1, 4, 5], ["lima is in peru", "oslo"]),
         (Kept(("a q where what ok is it lima is in peru",)), [1, 3, 11], ["a lima is in peru"]),
         (Kept(("it q ok is a", "q it where not old ok")), [4, 1, 2, 6], ["it is a", "not old"]),
+        (Kept(("red where the", "is is very")), [1, 2, 4], ["red the", "old"]), # a gap
         one(2, [2, 4, 6]), one(3, [1, 3, 5, 9]), one(5, [2, 4, 8, 16]), one(8, [12, 6, 3, 24]),
         one(4, [1, 2, 3, 4, 5, 6, 7, 8]), one(6, [4, 8, 16], late=5), one(10, [3, 5, 30], late=2),
         one(3, [5, 9, 17, 33], longest=4, cut=0), one(2, [8, 16, 32], longest=6, cut=1),
@@ -1074,6 +1189,32 @@ def _(*args): return _top(_means(*args, shared=_of_runs(2)))
     "you compare sets of words, without order and repeats. ROUGE-L takes the longest common "
     "subsequence.")
 def _(*args): return _top(_means(*args, shared=_of_sets))
+
+@q5.mistake("the place in the list",
+    "you return the place of the best limit in the sorted list. Return the limit.")
+def _(run, limits, references):
+    return sorted(limits).index(_top(_means(run, limits, references)))
+
+@q5.mistake("a run without gaps",
+    "you take the longest run of words that both have. In a common subsequence there may be other "
+    "words in between.")
+def _(*args):
+    def shared(output, reference):
+        from sftlab.metrics import words
+        x, y = words(output), words(reference)
+        runs = {tuple(x[i:j]) for j in range(len(x) + 1) for i in range(j)}
+        also = {tuple(y[i:j]) for j in range(len(y) + 1) for i in range(j)}
+        return max(map(len, runs & also), default=0), len(x), len(y)
+    return _top(_means(*args, shared=shared))
+
+@q5.mistake("letters",
+    "you compare letters, so words that have some in common are partly right. ROUGE-L compares "
+    "words.")
+def _(*args):
+    def shared(output, reference):
+        from sftlab.metrics import lcs
+        return lcs(output, reference), len(output), len(reference)
+    return _top(_means(*args, shared=shared))
 
 @q5.mistake("the nearest length",
     "you choose the limit at which outputs are as long as the references. What do they say?")
