@@ -673,10 +673,9 @@ q4 = OpenQuestion("serving.as_good", "As good as in the notebook",
          "ids."),
         ("Answers that stop midway were cut off: look at finish_reason. If it is length, raise "
          "max_tokens or the context; the weights have nothing to do with it."),
-        ("To compare, answer greedily: temperature 0, a repetition penalty of 1.0, in the request. "
-         "0.2 still samples."),
-        ("The order: prompt ids first, then answers from a file in 16 or 32 bits, and only then "
-         "four bits, held against that one. Another epoch repairs none of these.")],
+        ("The order: prompt ids first; then answers, greedily (0.2 still samples; penalty 1.0), from "
+         "a file in 16 or 32 bits; only then four bits, held against that one. Another epoch "
+         "repairs none of these.")],
     model=(
         "The two scores say little: with 70 and 71 % dozens of answers may have changed, some for "
         "the better, so I would compare answer by answer with the notebook's. "
