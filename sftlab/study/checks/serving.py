@@ -673,7 +673,7 @@ q4 = OpenQuestion("serving.as_good", "As good as in the notebook",
          "ids."),
         ("Answers that stop midway were cut off: look at finish_reason. If it is length, raise "
          "max_tokens or the context; the weights have nothing to do with it."),
-        ("The order: prompt ids first; then answers, greedily (0.2 still samples; penalty 1.0), from "
+        ("The order: prompt ids first; then answers, greedily (0.2 samples; penalty 1.0), from "
          "a file in 16 or 32 bits; only then four bits, held against that one. Another epoch "
          "repairs none of these.")],
     model=(
