@@ -269,7 +269,7 @@ def bradley_terry(
     prior:float=0, # ties to add between every two models that met: they keep strengths finite
 ) -> dict: # model -> strength; the mean is 0
     """Strengths s such that i beats j with probability 1 / (1 + exp(s_j - s_i)); raises a
-    `DataError` where some model has no end of strength."""
+    `DataError` where some model would be infinitely strong."""
     models, wins = wins_table(judgements)
     wins = wins + prior / 2 * (wins + wins.T > 0)
     check_rankable(models, wins)

@@ -2,12 +2,14 @@
 import json
 import math
 import os
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -568,3 +570,49 @@ def test_seconds_are_kept(form):
     form.choose("tie")
     assert 12 <= form.store.all()[0]["seconds"] < 14
     json.dumps(form.store.all())
+
+
+# --- the lesson's section `On a real model`, from the answers on
+
+LESSON = Path(__file__).resolve().parent.parent/"nbs"/"17_human_evaluation.ipynb"
+
+
+def real_parts():
+    cells = ["".join(cell["source"]) for cell in json.loads(LESSON.read_text("utf-8"))["cells"]]
+    [text] = [source for source in cells if "## On a real model" in source]
+    code = re.search(r"(?s)```python\n(.*?)```", text.split("## On a real model")[1])[1]
+    return re.split(r"(?m)^(?=# each rater|# when all are done)", code)
+
+
+def test_a_real_study_from_the_form_to_the_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    texts = {model: ["x" * int(n) for n in rng.integers(9, 99, 200)]
+             for model in ("before", "after")}
+    texts["after"][:9] = texts["before"][:9]
+    Path("study.json").write_text(json.dumps([[f"user: {i}" for i in range(200)], texts]))
+    _, rate, analyse = real_parts()
+    checks = make_pairs(["?"], {"good": ["yes"], "bad": ["no"]})
+    store, expected = Judgements("judgements.db"), []
+    for k in range(4):
+        known = {}
+        assert rate.count("k = 0 #") == 1
+        mine = rate.replace("k = 0 #", f"k = {k} #")
+        exec(mine.replace("RatingForm(pairs", "form = RatingForm(pairs"), known)
+        form = known["form"]
+        assert len(form.queue) == 65 and form.rater == f"rater {k}" and not form.criteria
+        better = {"before": False, "after": True}
+        done = [SimulatedRater(form.rater).judge(pair, better)
+                | dict(note="equal answers" if equal(pair) else "") for pair in form.queue]
+        store.add(*done, SimulatedRater(form.rater).judge(checks[0], {"good": True, "bad": False}))
+        expected += done
+    exec(analyse, {})
+    rate_line, found, kappa = capsys.readouterr().out.strip().splitlines()
+    assert rate_line == str(win_rate(expected, "after", "before"))
+    assert "200 prompts, 260 judgements" in rate_line and "'model': (" in found
+    rows = {}
+    for j in expected:
+        if j["item"] >= 9:
+            rows.setdefault(j["item"], []).append(j["winner"])
+    twice = [row for row in rows.values() if len(row) == 2]
+    assert len(twice) == 51 and float(kappa) == pytest.approx(fleiss_kappa(twice))
