@@ -183,9 +183,9 @@ def overlaps(
     training:list, # texts that were trained on
     n:int=8, # words
     tokenize=plain_words, # from a string to a list of tokens; for Chinese `list`
-) -> list: # 0 to 1, one number a test
-    """For each test the share of its n-grams that training holds; 0 for a shorter text.
-    Raises a `DataError` for lists that hold no texts."""
+) -> list: # 0 to 1 or nan, one number a test
+    """For each test the share of its n-grams that training holds; nan for a shorter text, which
+    has none. Raises a `DataError` for lists that hold no texts."""
     from sftlab.metrics import ngrams # lesson 15
     for name, texts in (("tests", tests), ("training", training)):
         check_texts(name, texts)
@@ -194,7 +194,8 @@ def overlaps(
     shares = []
     for text in tests:
         grams = ngrams(tokenize(text), n)
-        shares.append(sum(gram in known for gram in grams) / max(1, len(grams)))
+        found = sum(gram in known for gram in grams)
+        shares.append(found / len(grams) if grams else math.nan) # nan: not searched
     return shares
 
 # %% ../nbs/16_benchmarks.ipynb #bm8

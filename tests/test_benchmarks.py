@@ -2,6 +2,7 @@
 import gzip
 import json
 import logging
+import math
 import re
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
@@ -212,16 +213,24 @@ def test_overlap_is_counted_right(tests, training, n):
     known = set().union(*map(grams, training))
     for text, share in zip(tests, overlaps(tests, training, n), strict=True):
         own = grams(text)
-        assert share == pytest.approx(len(own & known) / len(own) if own else 0)
-    assert all(share in (0, 1) for share in overlaps(tests, tests, n))
+        assert share == pytest.approx(len(own & known) / len(own) if own else math.nan, nan_ok=True)
+    for text, share in zip(tests, overlaps(tests, tests, n), strict=True):
+        assert share == 1 if grams(text) else math.isnan(share)
 
 
 def test_overlap_of_chinese_needs_characters():
     text = "秘鲁的首都是利马"
-    assert overlaps([text], [text + "。"], n=3) == [0]  # one word of eight characters
+    assert math.isnan(overlaps([text], [text + "。"], n=3)[0])  # one word of eight characters
     assert overlaps([text], [text + "。"], n=3, tokenize=list) == [1]
     with pytest.raises(DataError, match="list of strings"):
         overlaps(text, [text])
+
+
+def test_a_text_that_is_too_short_gets_no_all_clear():
+    short, long = "What is two plus two? Four.", "What is two plus two? The answer is four."
+    shares = overlaps([short, long], [short, long])
+    assert math.isnan(shares[0]) and shares[1] == 1
+    assert overlaps([short], ["It is hot."], n=6) == [0]  # six words: searched, and not found
 
 
 def test_case_and_punctuation_hide_no_overlap():

@@ -41,7 +41,8 @@ def _number_ends(ax, horizontal=False, fmt="{:.1f}"):
                         textcoords="offset points", fontsize=9,
                         ha="left" if horizontal else "center",
                         va="center" if horizontal else "bottom")
-    ax.set(**{"xlim" if horizontal else "ylim": (0, 120)})
+    axis = "x" if horizontal else "y"
+    ax.set(**{f"{axis}lim": (0, 120), f"{axis}ticks": range(0, 101, 20)}) # no share above 100 %
 
 def scores_said(
     scores:dict, # as in `plot_scores`
@@ -86,13 +87,14 @@ def plot_choices(
     fig, axes = figure(6.8, 0.9 + 0.35 * len(choices), ncols=2, sharey=True)
     by_length = [score / len(text) for score, text in zip(scores, choices)]
     names = [text + (" (right)" if i == gold else "") for i, text in enumerate(choices)]
-    titles = ("sum (acc)", "sum / characters (acc_norm)")
-    for ax, numbers, title, color in zip(axes, (scores, by_length), titles, ("blue", "orange")):
+    sides = ((scores, "sum (acc)", "nats", "blue"),
+             (by_length, "sum / characters (acc_norm)", "nats a character", "orange"))
+    for ax, (numbers, title, unit, color) in zip(axes, sides):
         bars = ax.barh(range(len(names)), numbers, color=PALETTE[color], alpha=0.7)
         chosen = max(range(len(numbers)), key=lambda i: numbers[i])
         labels = [f"{x:.2f}" + (" ★" if i == chosen else "") for i, x in enumerate(numbers)]
         ax.bar_label(bars, labels, padding=3, fontsize=9)
-        ax.set(title=title, xlabel="nats", ylim=(len(names) - 0.5, -0.5))
+        ax.set(title=title, xlabel=unit, ylim=(len(names) - 0.5, -0.5))
         ax.margins(x=0.35)
     axes[0].set_yticks(range(len(names)), [textwrap.fill(name, 26) for name in names])
     return fig
