@@ -8,12 +8,10 @@ __all__ = ['Answer', 'answer_here', 'first_difference', 'fetch', 'ask', 'prompt_
 # %% ../nbs/22_serving.ipynb #l1
 import json
 from dataclasses import dataclass
-from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 from .errors import ServingError
 from .generation import stop_token_ids, stream_ids
-from .guards.serving import check_answer, check_url, read_key, serving_errors
+from .guards.serving import check_answer, send
 from .rendering import prompt_ids
 
 # %% ../nbs/22_serving.ipynb #l6
@@ -62,9 +60,6 @@ def first_difference(
     return ""
 
 # %% ../nbs/22_serving.ipynb #l14
-class _Stay(HTTPRedirectHandler): # a key must not be sent on to another address
-    def redirect_request(self, *args): return None
-
 def fetch(
     url:str, # of the server, with or without /v1 at its end
     path:str, # such as "/v1/models"
@@ -72,21 +67,8 @@ def fetch(
     seconds:float=60, # that an answer may take
 ): # the answer, read from JSON
     "One request; a `ServingError` in one line where there is no answer, or a refusal."
-    check_url(url)
-    key, base = read_key(), url.rstrip("/").removesuffix("/v1")
-    headers = {"Content-Type": "application/json"}
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    own = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
-    opener = build_opener(_Stay, *[ProxyHandler({})] * own) # no proxy to this machine
     data = None if body is None else json.dumps(body).encode()
-    with serving_errors(base, seconds, key):
-        with opener.open(Request(base + path, data, headers), timeout=seconds) as answer:
-            text = answer.read(50_000_000)
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise ServingError(f"{base} sent something that is no JSON: is it such a server?") from None
+    return send(url, path, data, seconds) # with your key, if there is one
 
 def ask(
     url:str, # of the server
@@ -115,15 +97,6 @@ def _ids_told(choice) -> list: # None: most servers do not tell them
         return _listed(choice.get("token_ids"))
 
 # %% ../nbs/22_serving.ipynb #l15
-def _llama_cpp_ids(url, name, messages, seconds):
-    text = fetch(url, "/apply-template", dict(messages=messages), seconds)["prompt"]
-    sent = dict(content=text, add_special=True, parse_special=True)
-    return fetch(url, "/tokenize", sent, seconds)["tokens"]
-
-def _vllm_ids(url, name, messages, seconds):
-    sent = dict(model=name, messages=messages, add_generation_prompt=True)
-    return fetch(url, "/tokenize", sent, seconds)["tokens"]
-
 def prompt_ids_there(
     url:str, # of the server
     name:str, # of the model there
@@ -131,9 +104,12 @@ def prompt_ids_there(
     seconds:float=60, # that an answer may take
 ) -> list: # token ids; None where the server does not tell them
     "What a server makes of a conversation, where it has a path that tells."
-    for way in (_llama_cpp_ids, _vllm_ids):
-        try:
-            return way(url, name, messages, seconds) or None
-        except (ServingError, KeyError, TypeError): # it has no such endpoint
-            pass
-    return None
+    try: # llama.cpp: first the text
+        text = fetch(url, "/apply-template", dict(messages=messages), seconds)["prompt"]
+        asked = dict(content=text, add_special=True, parse_special=True)
+    except (ServingError, KeyError, TypeError): # vLLM: at once
+        asked = dict(model=name, messages=messages, add_generation_prompt=True)
+    try:
+        return fetch(url, "/tokenize", asked, seconds)["tokens"] or None
+    except (ServingError, KeyError, TypeError): # it has no such path
+        return None

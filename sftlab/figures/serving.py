@@ -47,20 +47,20 @@ def way_diagram(
     steps:list, # (what the notebook has, what can differ, the server's file or setting), in order
 ) -> Diagram:
     "The way of a prompt to an answer, twice: in the notebook and in a server."
-    step, left, right = 0.74, (0.1, 2.15), (4.55, 2.15)
+    step, height, left, right = 0.8, 0.52, (0.05, 2.5), (4.25, 2.5)
     top = step * len(steps)
     d = Diagram(6.8, top + 0.35)
     for (x, width), name in zip((left, right), ("in the notebook", "in the server")):
         d.text(x + width / 2, top + 0.18, name)
-    d.text(3.4, top + 0.18, "can differ", fontsize=9)
+    d.text(3.4, top + 0.18, "can differ")
     above = None
     for i, (value, fault, place) in enumerate(steps):
         y = top - step * (i + 1) + 0.18
-        boxes = [d.box(left[0], y, left[1], 0.46, "", "blue"),
-                 d.box(right[0], y, right[1], 0.46, "", "orange")]
+        boxes = [d.box(left[0], y, left[1], height, "", "blue"),
+                 d.box(right[0], y, right[1], height, "", "orange")]
         for box, text in zip(boxes, (value, place)):
-            d.text(box[0] + box[2] / 2, y + 0.23, text, fontsize=9)
-        d.text(3.4, y + 0.23, fault, fontsize=9)
+            d.text(box[0] + box[2] / 2, y + height / 2, text, fontsize=10, weight="bold")
+        d.text(3.4, y + height / 2, fault, fontsize=10)
         for a, b in zip(above or [], boxes):
             d.arrow(a, b)
         above = boxes
