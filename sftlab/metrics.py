@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['bits_per_byte', 'normalize', 'exact_match', 'ngrams', 'bleu', 'words', 'f1', 'rouge_n', 'lcs', 'rouge_l', 'pass_at_k',
-           'bootstrap_interval', 'score_interval', 'each_epoch', 'measured', 'MeasureCallback', 'Comparison', 'compare']
+           'bootstrap_interval', 'score_interval', 'each_epoch', 'measured', 'MeasureCallback', 'Comparison',
+           'gap_interval', 'compare']
 
 # %% ../nbs/15_metrics.ipynb #m1
 import math
@@ -24,7 +25,8 @@ def bits_per_byte(
     nll, # an `Nll`: the mean over the tokens of the texts, and how many they are
     texts:list, # what was predicted: strings
 ) -> float: # bits; 8 is as bad as no model at all
-    "The loss of whole texts for each of their bytes, which no tokenizer can change."
+    """The loss of whole texts for each of their bytes, which no tokenizer can change. Without a
+    BOS the first token is not predicted, though its bytes count."""
     size = sum(len(text.encode()) for text in texts)
     return nll.nll * nll.tokens / math.log(2) / size
 
@@ -189,22 +191,38 @@ class Comparison:
         if self.differ >= 10:
             return ""
         if self.differ:
-            return f"only {self.differ} of {self.n} questions differ: the interval is too narrow"
+            return (f"only {self.differ} of {self.n} questions differ: the interval may be too "
+                    f"narrow, and p cannot be below {2 / 2**self.differ:.2g}")
         return (f"none of {self.n} questions differs: no proof that the two are equal, since up to "
                 f"{min(1, 3 / self.n):.1%} of all such questions may (95 % sure)")
+
+def gap_interval(
+    gaps, # differences of scores, one a question
+    resamples:int=10_000, # random ones
+    seed:int=0,
+) -> tuple: # low and high end
+    """A 95 % interval of the mean gap. Where all are -1, 0 or 1, two more questions are imagined,
+    one for each side (Bonett and Price 2012); else a bootstrap."""
+    if not set(gaps) <= {-1, 0, 1}:
+        return bootstrap_interval(gaps, resamples, seed)
+    more = np.append(gaps, (1, -1))
+    half = 1.96 * more.std() / math.sqrt(len(more))
+    return max(-1.0, float(more.mean() - half)), min(1.0, float(more.mean() + half))
 
 def compare(
     a, b, # scores of the two on the same questions, in the same order
     resamples:int=10_000, # random ones
     seed:int=0,
 ) -> Comparison:
-    """Is A better than B? A paired bootstrap and a paired permutation test; raises a `DataError`
-    for scores that do not belong together."""
+    """Is A better than B? An interval of the gap and a paired permutation test; raises a
+    `DataError` for scores that do not belong together."""
     gaps = check_scores(a, b)
-    low, high = bootstrap_interval(gaps, resamples, seed)
+    low, high = gap_interval(gaps, resamples, seed)
     dice = np.random.default_rng(seed)
     signs = dice.choice((-1, 1), (resamples, len(gaps))) # A and B swapped, or not
     as_large = np.abs(signs @ gaps) >= abs(gaps.sum()) - 1e-9
     p = (1 + as_large.sum()) / (1 + resamples)
+    if p >= 0.05: # then 0 is in the interval, too
+        low, high = min(low, 0.0), max(high, 0.0)
     differ = int(np.count_nonzero(gaps))
     return Comparison(float(gaps.mean()), low, high, float(p), len(gaps), differ)

@@ -17,10 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 
 from sftlab.errors import DataError
 from sftlab.generation import wilson_interval
+from sftlab.masking import encode_rows
 from sftlab.metrics import (
-    MeasureCallback, bits_per_byte, bleu, bootstrap_interval, compare, each_epoch, exact_match, lcs,
-    measured, normalize, pass_at_k, rouge_l, rouge_n, score_interval, words)
-from sftlab.training import Nll, TrainingConfig, padded, train
+    MeasureCallback, bits_per_byte, bleu, bootstrap_interval, compare, each_epoch, exact_match,
+    gap_interval, lcs, measured, normalize, pass_at_k, rouge_l, rouge_n, score_interval, words)
+from sftlab.models import load
+from sftlab.rendering import prompt_ids
+from sftlab.tiny.world import as_messages, examples
+from sftlab.training import Nll, TrainingConfig, evaluate_nll, padded, train
 
 ENGLISH = "the a cat, dog's sat on mat. red-blue 3.5 it is not".split()
 CHINESE = list("我你他是在的不了人有，。")
@@ -187,17 +191,79 @@ def test_models_that_are_equal_are_called_different_one_time_in_twenty():
     assert 0.01 < np.mean(found) < 0.08
 
 
-def test_the_same_answers_are_no_difference():
+def test_the_same_answers_are_no_difference_and_no_proof():
     found = compare([1, 0, 1], [1, 0, 1])
-    assert (found.difference, found.low, found.high, found.p) == (0, 0, 0, 1)
+    assert (found.difference, found.p) == (0, 1)
+    assert found.low == -found.high < -0.5
+
+
+def gaps_of(only_a, only_b, n):
+    return [1] * only_a + [-1] * only_b + [0] * (n - only_a - only_b)
+
+
+def test_the_interval_of_right_and_wrong_is_that_of_bonett_and_price():
+    # by ci.prop.ps(.05, 12, 4, 26, 6), https://rdrr.io/pkg/statpsych/man/ci.prop.ps.html
+    assert gap_interval(gaps_of(26, 4, 48)) == pytest.approx((0.2548067, 0.6251933), abs=1e-5)
+
+
+@pytest.mark.parametrize("only_a, only_b, n", [(0, 0, 1), (1, 0, 1), (0, 2, 2), (40, 0, 40)])
+def test_the_interval_of_right_and_wrong_stays_possible(only_a, only_b, n):
+    low, high = gap_interval(gaps_of(only_a, only_b, n))
+    assert -1 <= low <= (only_a - only_b) / n <= high <= 1
+
+
+@pytest.mark.parametrize("n", [30, 100, 570])
+def test_the_interval_and_mcnemars_test_agree_but_near_five_percent(n):
+    for only_a in range(1, 26):
+        for only_b in range(min(only_a, n - only_a) + 1):
+            p = stats.binomtest(only_a, only_a + only_b).pvalue
+            if gap_interval(gaps_of(only_a, only_b, n))[0] > 0:
+                assert p < 0.08
+            else: # an exact test is the more careful of the two
+                assert p >= 0.05
+
+
+@pytest.mark.parametrize("only_a, only_b", [
+    (4, 0), (5, 0), (6, 0), (7, 1), (8, 1), (9, 2), (10, 2), (11, 3), (12, 4), (16, 6), (18, 6)])
+@pytest.mark.parametrize("scale", [1, 0.5]) # right and wrong; other scores
+def test_zero_is_in_the_interval_of_a_comparison_that_finds_no_difference(only_a, only_b, scale):
+    gaps = scale * np.array(gaps_of(only_a, only_b, 40))
+    p = stats.binomtest(only_a, only_a + only_b).pvalue
+    found, other = compare(gaps, 0 * gaps), compare(0 * gaps, gaps)
+    assert (found.low <= 0, other.high >= 0) == (p >= 0.05, p >= 0.05)
+    assert found.low <= found.difference <= found.high
+
+
+@pytest.mark.parametrize("n, p_a, p_b", [
+    (30, 0.02, 0.02), (30, 0.1, 0.02), (30, 0.3, 0), (30, 0.5, 0.3), (100, 0.01, 0.01),
+    (100, 0.05, 0.01), (100, 0.1, 0.05), (100, 0.3, 0.1)])
+def test_the_interval_of_right_and_wrong_covers_the_true_gap(n, p_a, p_b):
+    chance = stats.multinomial(n, [p_a, p_b, 1 - p_a - p_b])
+    held = total = 0
+    for only_a in range(n + 1):
+        for only_b in range(n + 1 - only_a):
+            p = chance.pmf([only_a, only_b, n - only_a - only_b])
+            if p > 1e-7:
+                low, high = gap_interval(gaps_of(only_a, only_b, n))
+                total += p
+                held += p * (low <= p_a - p_b <= high)
+    assert total > 0.999 and held > 0.94
+
+
+def test_other_scores_keep_the_bootstrap():
+    gaps = [0.5, -0.25, 1, 0]
+    assert gap_interval(gaps, 500, seed=3) == bootstrap_interval(gaps, 500, seed=3)
 
 
 @pytest.mark.parametrize("differ, n, said", [
     (0, 300, "none of 300 questions differs: no proof that the two are equal, since up to 1.0%"),
-    (0, 2, "up to 100.0%"), (1, 300, "only 1 of 300 questions differ"), (9, 40, "too narrow")])
+    (0, 2, "up to 100.0%"), (1, 300, "only 1 of 300 questions differ"),
+    (4, 40, "may be too narrow, and p cannot be below 0.12"), (9, 40, "below 0.0039")])
 def test_few_differing_questions_are_said(differ, n, said):
     found = compare([1] * n, [0] * differ + [1] * (n - differ))
     assert found.differ == differ and said in found.note
+    if differ: # each of them has the same sign: p is as small as it can be
+        assert found.p >= 0.8 * 2 / 2**differ
 
 
 def test_ten_differing_questions_need_no_note():
@@ -226,9 +292,31 @@ def test_what_cannot_be_is_refused_in_one_line(call, said):
     assert "\n" not in str(error.value)
 
 
+def test_a_line_before_the_template_turns_thinking_off():
+    tokenizer = load("tiny")[1]
+    template = ("{{ messages[0].content }}{% if enable_thinking is defined and enable_thinking is "
+                "false %}<think></think>{% endif %}")
+    asked = [dict(role="user", content="Why?")]
+    for line, said in (("", "Why?"), ("{%set enable_thinking=false%}", "Why?<think></think>")):
+        tokenizer.chat_template = line + template
+        assert tokenizer.decode(prompt_ids(tokenizer, asked)) == said
+
+
 def test_bits_per_byte_of_known_losses():
     assert bits_per_byte(Nll(math.log(2), 8), ["abcd"]) == pytest.approx(2)
     assert bits_per_byte(Nll(math.log(2), 8), ["é", "é"]) == pytest.approx(2) # two bytes each
+
+
+def test_the_untuned_base_expects_words_and_no_stop_token():
+    base, tokenizer = load("tiny")
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    rows = encode_rows(tokenizer, [as_messages(e) for e in examples("test", 20, seed=2026)])
+    losses = {}
+    for kept in (True, False):
+        labels = [[i if (i == stop) == kept else -100 for i in row["labels"]] for row in rows]
+        judged = [dict(row, labels=ids) for row, ids in zip(rows, labels)]
+        losses[kept] = evaluate_nll(base, judged).nll
+    assert losses[True] > 10 > 5 > losses[False]
 
 
 # --- during training
