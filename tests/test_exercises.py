@@ -14,6 +14,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -303,22 +304,30 @@ NOTHING_KEPT = f"import os\nassert not os.path.exists({pr.PROGRESS!r})"
 
 @pytest.mark.slow
 @each_notebook
-def test_notebook_runs_untouched_and_solved_and_its_master(name, tmp_path):
-    """Each is executed once a run, the three of them in one kernel.
-
-    Untouched it shows no error and keeps nothing. Solved, everything in it is right. In its master
-    each wrong answer is tried as the author sees it: a cell fails unless it is rejected by name.
-    """
-    untouched, master = (json.loads(p[name].read_text("utf-8")) for p in (LEARNERS, MASTERS))
+def test_notebook_runs_untouched_and_solved(name, tmp_path):
+    """Both in one kernel. Untouched it shows no error and keeps nothing; solved, all is right."""
+    untouched = json.loads(LEARNERS[name].read_text("utf-8"))
     full = solved(copy.deepcopy(untouched), name)
     path, log = tmp_path / name, tmp_path / "refused"
-    nbformat.write(one_after_another(("untouched", untouched, NOTHING_KEPT), ("solved", full),
-                                     ("master", master)), path)
+    parts = ("untouched", untouched, NOTHING_KEPT), ("solved", full)
+    nbformat.write(one_after_another(*parts), path)
     run(path, log, limit=300)
     assert not log.exists()
     kept = json.loads((tmp_path / pr.PROGRESS).read_text())
     assert {entry["state"] for entry in kept.values()} == {"right", "3 of 5 points"}
     assert set(kept) == {task.key for task in QUESTIONS[name].values()}
+
+
+@pytest.mark.thorough
+@each_notebook
+def test_a_master_runs(name, tmp_path):
+    """Each wrong answer is tried as the author sees it: a cell fails unless it is rejected by name.
+
+    That is once more what `test_wrong_answers_are_rejected_by_name` does without a kernel.
+    """
+    log = tmp_path / "refused"
+    run(shutil.copy(MASTERS[name], tmp_path / name), log, limit=300)
+    assert not log.exists()
 
 
 @pytest.mark.slow

@@ -669,7 +669,7 @@ q4 = OpenQuestion("serving.as_good", "As good as in the notebook",
          "(the template writes it and the tokenizer adds it), or one token of white space. Look "
          "at the ids: /apply-template, then /tokenize."),
         ("The name in `pre` was guessed. Lists and code are cut differently, and test questions do "
-         "not show it: find the name under which the ids of such texts are all equal, or send "
+         "not show it: find a name under which all ids agree in the program that will serve, or send "
          "ids."),
         ("Answers that stop midway were cut off: look at finish_reason. If it is length, raise "
          "max_tokens or the context; the weights have nothing to do with it."),
