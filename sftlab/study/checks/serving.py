@@ -669,8 +669,8 @@ q4 = OpenQuestion("serving.as_good", "As good as in the notebook",
          "(the template writes it and the tokenizer adds it), or one token of white space. Look "
          "at the ids: /apply-template, then /tokenize."),
         ("The name in `pre` was guessed. Lists and code are cut differently, and test questions do "
-         "not show it: find a name under which all ids agree in the program that will serve, or send "
-         "ids."),
+         "not show it: find a name under which all ids agree in the program that will serve, or "
+         "send ids."),
         ("Answers that stop midway were cut off: look at finish_reason. If it is length, raise "
          "max_tokens or the context; the weights have nothing to do with it."),
         ("The order: prompt ids first; then answers, greedily (0.2 samples; penalty 1.0), from "
