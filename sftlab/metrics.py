@@ -68,7 +68,6 @@ def bleu(
         logs.append(math.log(found / total if found else 1 / (smooth * total)))
     return 100 * math.exp(min(0, 1 - wanted / length) + sum(logs) / 4)
 
-#| export
 def words(text:str) -> list:
     "The tokens of rouge-score: runs of a-z and 0-9, in lower case. Everything else is dropped."
     return re.findall("[a-z0-9]+", text.lower())

@@ -375,13 +375,13 @@ def test_help_is_quick():
     assert min(used_by([*SFTLAB, "--help"])[0] for _ in range(3)) < 0.5
 
 
-COMMANDS = ("data", "train", "chat", "merge", "memory", "doctor", "lab", "progress")
+COMMANDS = ("data", "train", "chat", "eval", "merge", "memory", "doctor", "lab", "progress")
 
 
 def test_help_has_examples():
     status, help, _ = call("--help")
     assert status == 0 and all(f"\n  {command} " in help for command in COMMANDS)
-    for command in ("train", "chat", "merge", "memory", "lab", "progress"):
+    for command in ("train", "chat", "eval", "merge", "memory", "lab", "progress"):
         status, out, _ = call(command, "--help")
         assert status == 0 and f"\n    sftlab {command}" in out
     for command in ("check", "convert", "split", "stats"):
