@@ -23,7 +23,7 @@ from sftlab.finetune import finetune, held_out_nll, rows_that_fit
 from sftlab.masking import collate, encode, encode_rows, truncate
 from sftlab.models import load
 from sftlab.rendering import prompt_ids, segments_of
-from sftlab.tiny.world import examples
+from sftlab.tiny.world import as_messages, examples, test_set
 from sftlab.training import evaluate_nll, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,9 +107,11 @@ def test_the_snippets_of_readme_run(tmp_path, monkeypatch, capsys):
 def test_the_commands_of_readme_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_questions("my_file.json")
+    asked = [as_messages(e) for e in test_set()[:12]]
+    Path("my_test.jsonl").write_text("\n".join(map(json.dumps, asked)), "utf-8")
     [block] = [b for b in blocks("sh") if "sftlab data check" in b]
     commands = [line for line in block.splitlines() if line.startswith("sftlab ")]
-    assert [c.split()[1] for c in commands] == ["data", "train", "train", "chat", "merge"]
+    assert [c.split()[1] for c in commands] == ["data", "train", "train", "chat", "eval", "merge"]
     for command in commands:
         monkeypatch.setattr(sys, "stdin", io.StringIO("What is the capital of Peru?\n"))
         assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
@@ -117,6 +119,8 @@ def test_the_commands_of_readme_run(tmp_path, monkeypatch, capsys):
             assert not Path("runs/first").exists()
         if command.split()[1] == "chat":
             assert "The capital of Peru is Lima." in capsys.readouterr().out
+        if command.split()[1] == "eval":
+            assert "my_test.jsonl" in capsys.readouterr().out
     assert Path("runs/first-whole/config.json").is_file()
 
 
@@ -132,7 +136,7 @@ def test_the_options_that_readme_names_are_there():
     named, known = set(re.findall(r"--[a-z-]+", part)), options(typer.main.get_command(app))
     assert {"--tools", "--dry-run", "--config"} <= named <= known | {"--help"}
     for target in re.findall(r"^(?:sftlab|make) (\w+)", "\n".join(blocks("sh")), re.MULTILINE):
-        assert target in {"data", "train", "chat", "merge", "lab", "test"}
+        assert target in {"data", "train", "chat", "eval", "merge", "lab", "test"}
 
 
 # --- one form where the other is wanted
