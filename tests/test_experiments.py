@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 
 from sftlab.study import experiments
-from sftlab.study.experiments import (
-    Experiment, code_hash, code_of, confirm_experiment, fingerprint, run_experiment, stale)
-from sftlab.study.sweeps import EXPERIMENTS
+from sftlab.study.experiments import (EXPERIMENTS, Experiment, code_hash, code_of,
+                                      confirm_experiment, enter_all, fingerprint, run_experiment,
+                                      stale)
 from sftlab.tiny import pretraining, world
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "nbs" / "experiments"
+enter_all()
 
 
 @pytest.fixture(scope="module")

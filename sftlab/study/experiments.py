@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'FOLDER', 'LIBRARIES', 'Experiment', 'experiment', 'code_of', 'fingerprint', 'code_hash', 'data_hash',
-           'machine', 'versions', 'write_json', 'run_experiment', 'stale', 'confirm_experiment', 'main', 'results',
-           'mean_interval']
+           'machine', 'versions', 'write_json', 'run_experiment', 'stale', 'confirm_experiment', 'enter_all', 'main',
+           'results', 'mean_interval']
 
 # %% ../../nbs/reference/study/experiments.ipynb #77685193
 import ast
@@ -375,12 +375,20 @@ def confirm_experiment(
         write_json(path, dict(state, hash=code_hash(chosen), confirmed=note))
     return differ
 
+def enter_all():
+    "Import the notebooks that hold experiments, `sweeps` and `sweeps_…`, so that they are entered."
+    from pkgutil import iter_modules
+    import sftlab.study
+    for module in iter_modules(sftlab.study.__path__):
+        if module.name.startswith("sweeps"):
+            import_module(f"sftlab.study.{module.name}")
+
 def main(
     name:str="all", # an experiment, or "all"
     how:str="run", # "confirm": only show that rewritten code gives the kept figures
 ):
     "What `make experiments` runs: one experiment, or all that are stale."
-    from sftlab.study import sweeps  # noqa: F401 (it enters the experiments)
+    enter_all()
     if name != "all" and name not in EXPERIMENTS:
         known = ", ".join(EXPERIMENTS)
         raise SystemExit(f"there is no experiment {name!r}: choose one of {known}")
