@@ -1,6 +1,6 @@
 // A Llama in plain JavaScript: reads safetensors, merges a LoRA adapter, keeps a KV cache, and
 // gives the logits of the next token. With a kernel (kernel.js) its products run as WASM SIMD.
-import { gated, rmsNorm, rotary, rotate } from './math.js'
+import { attend, gated, rmsNorm, rotary, rotate } from './math.js'
 
 // --- files
 
@@ -201,38 +201,15 @@ export class Llama {
     rotate(k, 0, k.length, position, this.angles)
     cache.k.set(k, position * k.length)
     cache.v.set(v, position * v.length)
-    att.fill(0)
+    const { head_dim: dim } = c
     const group = c.num_attention_heads / c.num_key_value_heads
     for (let head = 0; head < c.num_attention_heads; head++) {
-      this.attend(head * c.head_dim, Math.floor(head / group) * c.head_dim, cache, position)
+      const from = Math.floor(head / group) * dim
+      const place = { at: head * dim, from, n: position + 1, dim, width: k.length }
+      attend(att, this.scores, { q, k: cache.k, v: cache.v }, place)
     }
     this.kernel.matvec(add, w.o, att, c.hidden_size, att.length)
     for (let i = 0; i < x.length; i++) x[i] += add[i]
-  }
-
-  attend(to, from, { k, v }, position) { // one head: where it is in q, and in k and v
-    const { head_dim: dim } = this.config
-    const { q, att } = this.tmp
-    const { scores } = this
-    const width = this.tmp.k.length
-    let max = -Infinity
-    for (let t = 0; t <= position; t++) {
-      let s = 0
-      const at = t * width + from
-      for (let i = 0; i < dim; i++) s += q[to + i] * k[at + i]
-      scores[t] = s / Math.sqrt(dim)
-      if (scores[t] > max) max = scores[t]
-    }
-    let total = 0
-    for (let t = 0; t <= position; t++) {
-      scores[t] = Math.exp(scores[t] - max)
-      total += scores[t]
-    }
-    for (let t = 0; t <= position; t++) {
-      const p = scores[t] / total
-      const at = t * width + from
-      for (let i = 0; i < dim; i++) att[to + i] += p * v[at + i]
-    }
   }
 
   mlp(w) { // x += down_proj(silu(gate_proj(norm(x))) * up_proj(norm(x)))

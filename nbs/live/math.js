@@ -60,33 +60,38 @@ export function rotate(v, from, to, position, { cos, sin, half }, sign = 1) {
   }
 }
 
-// One head over a text of n tokens: out = softmax(q k^T / sqrt(dim)) v, each token looking at
-// itself and those before it. `at` is the head's first place, `width` the step from token to token.
-// Returns the probabilities, n x n.
-export function attention(out, { q, k, v }, { at, n, dim, width }) {
+// One query over the first n keys: out = softmax(q k^T / sqrt(dim)) v. `at` is the place of the
+// query and of what comes out, `from` that of the first key and value, `width` the step from key to key.
+// `row` receives the probabilities.
+export function attend(out, row, { q, k, v }, { at, from, n, dim, width }) {
+  let max = -Infinity
+  for (let u = 0; u < n; u++) {
+    const other = from + u * width
+    let dot = 0
+    for (let i = 0; i < dim; i++) dot += q[at + i] * k[other + i]
+    row[u] = dot / Math.sqrt(dim)
+    if (row[u] > max) max = row[u]
+  }
+  let sum = 0
+  for (let u = 0; u < n; u++) {
+    row[u] = Math.exp(row[u] - max)
+    sum += row[u]
+  }
+  out.fill(0, at, at + dim)
+  for (let u = 0; u < n; u++) {
+    row[u] /= sum
+    const other = from + u * width
+    for (let i = 0; i < dim; i++) out[at + i] += row[u] * v[other + i]
+  }
+}
+
+// One head over a text of n tokens, each looking at itself and those before it. `at` is the head's
+// first place, `width` the step from token to token. Returns the probabilities, n x n.
+export function attention(out, qkv, { at, n, dim, width }) {
   const P = new Float32Array(n * n)
   for (let t = 0; t < n; t++) {
-    const row = P.subarray(t * n, t * n + t + 1)
-    const mine = at + t * width
-    let max = -Infinity
-    for (let u = 0; u <= t; u++) {
-      const other = at + u * width
-      let dot = 0
-      for (let i = 0; i < dim; i++) dot += q[mine + i] * k[other + i]
-      row[u] = dot / Math.sqrt(dim)
-      if (row[u] > max) max = row[u]
-    }
-    let sum = 0
-    for (let u = 0; u <= t; u++) {
-      row[u] = Math.exp(row[u] - max)
-      sum += row[u]
-    }
-    out.fill(0, mine, mine + dim)
-    for (let u = 0; u <= t; u++) {
-      row[u] /= sum
-      const other = at + u * width
-      for (let i = 0; i < dim; i++) out[mine + i] += row[u] * v[other + i]
-    }
+    const place = { at: at + t * width, from: at, n: t + 1, dim, width }
+    attend(out, P.subarray(t * n, t * n + t + 1), qkv, place)
   }
   return P
 }
