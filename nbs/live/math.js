@@ -61,8 +61,8 @@ export function rotate(v, from, to, position, { cos, sin, half }, sign = 1) {
 }
 
 // One query over the first n keys: out = softmax(q k^T / sqrt(dim)) v. `at` is the place of the
-// query and of what comes out, `from` that of the first key and value, `width` the step from key to key.
-// `row` receives the probabilities.
+// query and of what comes out, `from` that of the first key and value, `width` the step from
+// key to key. `row` receives the probabilities.
 export function attend(out, row, { q, k, v }, { at, from, n, dim, width }) {
   let max = -Infinity
   for (let u = 0; u < n; u++) {
