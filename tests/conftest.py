@@ -53,22 +53,45 @@ def left_out(item, quick, everything):
     return quick and item.get_closest_marker("slow") is not None
 
 
+def runs_a_notebook(
+    test:str, # its id
+) -> bool:
+    return "::test_notebook_runs" in test
+
+
+def kept_together(
+    test:str, # its id
+) -> str: # the same for all tests that one process is to run
+    """A file, so that what it sets up is set up once; only notebooks, which share nothing, go
+    anywhere."""
+    return test if runs_a_notebook(test) else test.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Share the tests out between two processes (`-n 2`).
+
+    Not by `xdist_group`: a mark that pytest's ids no longer show is ignored without a word.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+    config.option.loadscopereorder = False  # not the files with most tests first: our order
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return kept_together(nodeid)
+
+    return Scheduling(config, log)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Choose tests, and share them out between two processes (`-n 2 --dist loadgroup`).
-
-    A file stays together, so that what it sets up is set up once. Only notebooks, which share
-    nothing, go anywhere; they come first, being the longest.
-    """
+    "Choose tests. Notebooks come last: being many, they fill both processes to the end."
     quick, everything = config.getoption("--quick"), config.getoption("--all")
     out = [item for item in items if left_out(item, quick, everything)]
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in set(out)]
-    for item in items:
-        alone = item.name.startswith("test_notebook_runs")
-        item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.stem))
-    items.sort(key=lambda item: not item.name.startswith("test_notebook_runs"))
+    items.sort(key=lambda item: runs_a_notebook(item.nodeid))
 
 
 def properties(reports, name):
