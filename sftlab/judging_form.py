@@ -82,7 +82,8 @@ class RatingForm:
                         for name, label in CHOICES.items()}
         self.back = Button(description="Undo", layout=Layout(flex="1 1 80px"))
         self.key = Text(placeholder="keys: l, t, r, s; u undoes", layout=Layout(flex="1 1 180px"))
-        self.note = Text(placeholder="a note (optional)", layout=Layout(flex="3 1 220px"))
+        self.note = Text(placeholder="a note (optional)", layout=Layout(flex="3 1 220px"),
+                         continuous_update=False) # else a click may overtake its last letters
         for name, button in self.buttons.items():
             button.on_click(lambda _, name=name: self.choose(name))
         self.back.on_click(lambda _: self.undo())

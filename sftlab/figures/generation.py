@@ -7,6 +7,7 @@ __all__ = ['stages_diagram', 'before_after', 'interval_picture', 'shares_table',
            'plot_dials', 'answers_html', 'side_by_side']
 
 # %% ../../nbs/reference/figures/generation.ipynb #439c86d0
+import functools
 import random
 import textwrap
 
@@ -223,12 +224,15 @@ def side_by_side(
 ): # a widget
     "Three answers to a prompt that you type."
     from ipywidgets import HTML, Button, HBox, Layout, Text, VBox
-    text = Text(value=prompt, placeholder="Type a prompt", layout=Layout(width="480px"))
+    text = Text(value=prompt, placeholder="Type a prompt", layout=Layout(width="480px"),
+                continuous_update=False) # else a click may overtake the last letters
     button = Button(description="Generate", button_style="primary")
     output = HTML()
     output.add_class("sftlab-side-by-side")
-    def answer(_=None):
-        output.value = answers_html(base, instruct, tokenizer, few_shot, text.value)
+    @functools.cache
+    def html(prompt): return answers_html(base, instruct, tokenizer, few_shot, prompt)
+    def answer(_=None): output.value = html(text.value)
     answer()
+    text.observe(answer, "value")
     button.on_click(answer)
     return VBox([HBox([text, button]), output])
