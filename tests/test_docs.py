@@ -1,4 +1,5 @@
 "The website, as far as it goes without Quarto: every page is listed, processed and linked."
+import html
 import importlib.util
 import json
 import os
@@ -13,8 +14,10 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = yaml.safe_load((ROOT / "_quarto.yml").read_text())
 RENDER = CONFIG["project"]["render"]
-NOTEBOOKS = [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("nbs/**/*.ipynb"))
-             if not p.parent.name.startswith(".")]
+NOTEBOOKS = [p.relative_to(ROOT).as_posix()
+             for where in ("nbs/**/*.ipynb", "exercises/*.ipynb") for p in sorted(ROOT.glob(where))
+             if not p.parent.name.startswith((".", "_"))]
+MODULES = [name for name in RENDER if name.startswith("api/") and name != "api/index.qmd"]
 
 
 sys.path.insert(0, str(ROOT / "tools"))  # tools import one another
@@ -40,13 +43,8 @@ def site(docs, tmp_path_factory):
     return to
 
 
-def leaves(contents):
-    "The pages of a sidebar, in order."
-    for entry in contents:
-        if isinstance(entry, str):
-            yield entry
-        else:
-            yield from leaves(entry.get("contents", []))
+@pytest.fixture(scope="module")
+def lists(): return tool("lessons")
 
 
 def cells(path):
@@ -68,26 +66,34 @@ def test_every_notebook_and_module_has_its_page():
     code = [p.relative_to(ROOT / "sftlab") for p in ROOT.glob("sftlab/**/[!_]*.py")]
     modules = [".".join(p.with_suffix("").parts) for p in code if "checks" not in p.parts]
     assert {"generation", "tiny.world", "files.atomic"} <= set(modules)
-    assert sorted(RENDER) == sorted(NOTEBOOKS + [f"api/{name}.qmd" for name in modules])
+    indexes = ["exercises/index.qmd", "api/index.qmd"]
+    assert sorted(RENDER) == sorted(NOTEBOOKS + indexes + [f"api/{name}.qmd" for name in modules])
 
 
-def test_the_sidebar_lists_every_page_once_in_the_same_order():
-    assert list(leaves(CONFIG["website"]["sidebar"]["contents"])) == RENDER
+def test_the_sidebars_list_every_page_once_in_the_same_order(lists):
+    bars = CONFIG["website"]["sidebar"]
+    assert [page for bar in bars for page in lists.leaves(bar["contents"])] == RENDER
 
 
-def test_the_navigation_bar_leads_to_pages():
-    for entry in CONFIG["website"]["navbar"]["left"]:
-        assert entry["href"] in RENDER or entry["href"].startswith("nbs/live/")
+def test_what_learners_read_is_apart_from_what_is_inside(lists):
+    bars = {bar["id"]: list(lists.leaves(bar["contents"])) for bar in CONFIG["website"]["sidebar"]}
+    inside = bars.pop("reference")
+    assert {"lessons", "exercises", "handbook"} <= set(bars)
+    assert all(re.match(r"api/|nbs/reference/", name) for name in inside)
+    assert "nbs/reference/glossary.ipynb" in bars["handbook"]
+
+
+def test_the_navigation_bar_leads_to_pages_and_each_sidebar_is_reached(lists):
+    "Quarto marks the first entry that the page's sidebar holds: none may hold another's page."
+    targets = [entry["href"] for entry in CONFIG["website"]["navbar"]["left"]]
+    assert all(target in RENDER or target.startswith("nbs/live/") for target in targets)
+    for bar in CONFIG["website"]["sidebar"]:
+        assert len(set(lists.leaves(bar["contents"])) & set(targets)) == 1, bar["id"]
 
 
 def test_lessons_are_in_course_order():
     lessons = [name for name in RENDER if re.match(r"nbs/\d\d_", name)]
     assert lessons and lessons == sorted(lessons)
-
-
-def test_page_names_do_not_collide_without_their_numbers():
-    pages = [str(Path(name).with_name(re.sub(r"^\d+_", "", Path(name).stem))) for name in RENDER]
-    assert len(set(pages)) == len(pages)
 
 
 def test_site_and_settings_agree():
@@ -113,35 +119,252 @@ def test_every_page_is_processed(site):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_a_processed_notebook_keeps_its_words(site, name):
-    kind, front = cells(site / name)[0]
+def test_a_processed_notebook_keeps_its_words(docs, site, name):
+    (kind, front), *rest = cells(site / name)
+    front = yaml.safe_load(front.strip().strip("-"))
     title = re.match(r"# (.*)", cells(ROOT / name)[0][1])[1]
-    assert kind == "raw" and yaml.safe_load(front.strip().strip("-"))["title"] == title
-    page = "\n".join(source for _, source in cells(site / name))
-    prose = [source for kind, source in cells(ROOT / name)[1:] if kind == "markdown"]
+    number = re.match(r"nbs/(\d\d)_", name)
+    assert kind == "raw" and front["title"] == (f"{int(number[1])} · " if number else "") + title
+    assert front["description"].strip(), "the line after the title: > what one will see"
+    page = "\n".join(source for _, source in rest)
+    prose = [docs.with_links(source, name) for kind, source in cells(ROOT / name)[1:]
+             if kind == "markdown"]
     wanted = [line for source in prose for line in source.splitlines()]
     assert [line for line in wanted if line not in page] == []
-    assert not re.search(r"^#\| *(default_exp|export|hide)", page, flags=re.MULTILINE)
+    assert not re.search(r"^#\| *(default_exp|export\w*|hide)\b", page, flags=re.MULTILINE)
 
 
-def test_a_title_cell_with_more_in_it_loses_nothing(docs):
+def code_of(path):
+    "The code of a notebook, without directives."
+    sources = [source for kind, source in cells(path) if kind == "code"]
+    lines = [line for source in sources for line in source.splitlines()]
+    return [line for line in lines if line.strip() and not line.startswith("#|")]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_processed_notebook_keeps_its_code_and_folds_what_is_hidden(site, name):
+    assert code_of(site / name) == code_of(ROOT / name)
+    hidden = [source for kind, source in cells(ROOT / name)
+              if kind == "code" and "#| hide" in source.splitlines()]
+    folded = [source for kind, source in cells(site / name) if "#| code-fold: true" in source]
+    assert len(folded) >= len(hidden)
+
+
+def test_title_and_line_are_taken_out_and_nothing_else(docs):
     notebook = docs.read_nb(ROOT / NOTEBOOKS[0])
     notebook.cells[0].source = "# Title\n\n> One line.\n\nProse.\n\n- a: list"
-    docs.split_title(notebook)
-    first, second = [c.source.strip() for c in notebook.cells[:2]]
-    assert (first, second) == ("# Title\n\n> One line.", "Prose.\n\n- a: list")
+    assert docs.opening(notebook) == "One line."
+    assert notebook.cells[0].source == "Prose.\n\n- a: list"
 
 
-@pytest.mark.parametrize("name", [n for n in RENDER if n.startswith("api/")])
-def test_an_api_page_names_all_that_its_module_exports(site, name):
-    module = importlib.import_module(f"sftlab.{Path(name).stem}")
-    page = (site / name).read_text()
-    def there(item):
-        item = re.escape(item)
-        return re.search(rf"^## {item}$|`{item}`", page, flags=re.MULTILINE)
-    assert not [item for item in module.__all__ if not there(item)]
-    source = re.search(r"\]\(\.\./(.*?\.ipynb)\)", page)[1]
-    assert source in RENDER
+def code_cell(docs, source, outputs=()):
+    cell = docs.mk_cell(source, "code")
+    cell.outputs = list(outputs)
+    docs.for_reading(cell)
+    return cell
+
+
+def test_directives_of_nbdev_go_and_those_of_quarto_stay(docs):
+    shown = code_cell(docs, "#| export\n#| label: chart\nx = 1 #| hide")
+    assert shown.source == "#| label: chart\nx = 1 #| hide"
+    assert code_cell(docs, "#| default_exp tiny.world").source == ""
+    hidden = code_cell(docs, "#| hide\nimport torch\nx = 1", [dict(output_type="stream")])
+    assert hidden.source.splitlines() == [
+        "#| code-fold: true", '#| code-summary: "Imports and set-up"', "import torch", "x = 1"]
+    assert hidden.outputs == []
+    drawn = code_cell(docs, "#| code-fold: true\ndraw(import_of(x))", [dict(output_type="stream")])
+    assert '"Show the code"' in drawn.source and len(drawn.outputs) == 1
+
+
+PNG = "iVBORw0KGgo="
+
+
+def test_outputs_are_fit_for_a_page(docs, tmp_path):
+    "No warnings, no widgets, no pictures inside, no HTML that makes Quarto load other scripts."
+    name, styles = "nbs/reference/tiny/world.ipynb", []
+    show = lambda **output: docs.shown(output, name, tmp_path, styles)
+    assert show(name="stderr", output_type="stream", text="UserWarning") is None
+    assert show(data={docs.WIDGET: {}, "text/plain": "HBox()"}) is None
+    assert show(name="stdout", text="kept")["text"] == "kept"
+    html = (f'<style>#T_1 {{ color: red }}</style><div><style scoped>.dataframe {{}}</style>'
+            f'<img alt="a line" src="data:image/png;base64,{PNG}"></div>')
+    made = show(data={"text/html": html, "text/plain": "DataFrame"})["data"]
+    assert set(made) == {"text/markdown"} and styles == ["<style>#T_1 { color: red }</style>"]
+    assert "<style" not in made["text/markdown"] and "base64" not in made["text/markdown"]
+    assert 'alt="a line" loading="lazy"' in made["text/markdown"]
+    source = re.search(r'src="(.*?)"', made["text/markdown"])[1]
+    path = os.path.normpath(tmp_path / Path(name).parent / source)
+    assert Path(path).read_bytes()[:4] == b"\x89PNG"
+
+
+def outputs(name, site=ROOT):
+    notebook = json.loads((site / name).read_text("utf-8"))
+    return [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_every_picture_says_what_one_sees(name):
+    shown = ["".join(output.get("data", {}).get("text/html", "")) for output in outputs(name)]
+    prose = "\n".join(source for kind, source in cells(ROOT / name) if kind == "markdown")
+    pictures = re.findall(r"<img\b[^>]*>", "".join(shown) + prose)
+    assert [p[:100] for p in pictures if not re.search(r'alt="[^"]+"', p)] == []
+    assert not re.search(r"!\[\s*\]\(", prose), "a picture without a description: ![]( )"
+    assert not any(re.match("image/", kind) for o in outputs(name) for kind in o.get("data", {}))
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_no_output_loads_anything_or_warns(site, name):
+    made = json.dumps(outputs(name, site))
+    assert not re.search(r"<script|src=\\?\"https?:|@import|url\(", made)
+    assert not any(output.get("name") == "stderr" for output in outputs(name, site))
+
+
+@pytest.mark.parametrize("name", [n for n in NOTEBOOKS if re.match(r"nbs/\d\d_", n)])
+def test_no_table_of_a_lesson_is_cut(name):
+    "pandas shows a row or column of dots, or ends a cell after 50 characters."
+    shown = "".join("".join(o.get("data", {}).get("text/html", "")) for o in outputs(name))
+    items = re.findall(r"<t[dh]\b[^>]*>(.*?)</t[dh]>", shown, flags=re.S)
+    cut = [item for item in items
+           if item == "..." or item.endswith("...") and len(html.unescape(item)) == 50]
+    assert cut == []
+
+
+@pytest.mark.parametrize("name", [n for n in NOTEBOOKS if re.match(r"nbs/\d\d_|exer", n)])
+def test_a_lesson_says_where_it_is_from_and_leads_on(docs, site, name):
+    ways = cells(site / name)[1][1]
+    targets = re.findall(r'\]\(([^)]+)\)|href="([^"]+)"', ways)
+    targets = [a or b for a, b in targets]
+    assert f"https://colab.research.google.com/github/sftlab/sftlab/blob/main/{name}" in targets
+    assert f"../download/{name}" in targets and docs.code_at() + name in targets
+    row = (docs.lesson_rows() | docs.exercise_rows())[name]
+    other = f"nbs/{row['notebook']}.ipynb" if name.startswith("exer") else None
+    if not other and "exercise" in row:
+        other = f"exercises/{row['exercise']}.ipynb"
+    assert not other or f"../{other}" in targets
+
+
+def test_a_lesson_has_one_name(docs):
+    for name, row in docs.lesson_rows().items():
+        assert docs.page_title(name) == f"{row['number']} · {row['title']}"
+
+
+LINKS = {  # from a page, to: what becomes of it
+    ("exercises/07_lora.ipynb", "../07_lora.ipynb#merge"): "../nbs/07_lora.ipynb#merge",
+    ("nbs/07_lora.ipynb", "exercises/07_lora.ipynb"): "../exercises/07_lora.ipynb",
+    ("nbs/index.ipynb", "../exercises/README.md"): "../exercises/index.qmd",
+    ("nbs/index.ipynb", "../CHANGELOG.md"):
+        "https://github.com/sftlab/sftlab/blob/main/CHANGELOG.md",
+    ("nbs/index.ipynb", "images/x.png"): "images/x.png",
+    ("nbs/index.ipynb", "live/index.html"): "live/index.html",
+    ("nbs/index.ipynb", "https://sftlab.github.io/sftlab/nbs/live/index.html"): "live/index.html",
+    ("nbs/07_lora.ipynb", "https://github.com/sftlab/sftlab/blob/main/nbs/08_qlora.ipynb#x"):
+        "08_qlora.ipynb#x",
+    ("nbs/07_lora.ipynb", "https://github.com/sftlab/sftlab"): "https://github.com/sftlab/sftlab",
+    ("nbs/07_lora.ipynb", "#merge"): "#merge",
+    ("nbs/07_lora.ipynb", "nowhere.ipynb"): "nowhere.ipynb"}
+
+
+@pytest.mark.parametrize("name, target", LINKS)
+def test_links_become_those_of_the_site(docs, name, target):
+    text = f"[a]({target}) `[a]({target})`\n"
+    assert docs.with_links(text, name) == f"[a]({LINKS[name, target]}) `[a]({target})`\n"
+
+
+def test_lessons_are_found_first(docs):
+    names = ["api/lora.html#inject", "nbs/reference/guards/lora.html", "nbs/reference/cli.html",
+             "exercises/07_lora.html", "nbs/07_lora.html#x", "nbs/index.html", "nbs/07_lora.html"]
+    made = docs.searchable([dict(href=name, text="words") for name in names])
+    assert [entry["href"] for entry in made] == [names[i] for i in (4, 6, 3, 5, 2, 0, 1)]
+    assert [entry["text"] for entry in made] == ["words"] * 5 + ["", "words"]
+
+
+def test_the_first_page_has_a_name_and_leads_to_the_front_page(docs):
+    page = docs.home()
+    assert re.search(r'<html lang="en">.*<title>sftlab: .*</title>', page, flags=re.S)
+    assert "url=nbs/index.html" in page and 'property="og:image"' in page
+    assert 'name="description"' in page and "<script" not in page
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_an_api_page_tells_all_that_its_module_exports(docs, site, name):
+    module = docs.api.module(Path(name).stem)
+    page = (site / name).read_text("utf-8")
+    front = yaml.safe_load(page.split("---")[1])
+    assert front["title"] == f"sftlab.{module.name}" and front["description"].strip()
+    for item in importlib.import_module(f"sftlab.{module.name}").__all__:
+        assert re.search(rf"^##+ {re.escape(item)} {{#", page, flags=re.M), item
+        assert f"](#{item})" in page, f"{item} is not in the table of names"
+    assert re.search(r"\]\(\.\./(.*?\.ipynb)\)", page)[1] in RENDER
+    lines = (ROOT / module.path).read_text("utf-8").splitlines()
+    for owner, number in re.findall(r"^##+ (\S+) {#.*?blob/main/.*?\.py#L(\d+)\)",
+                                    page.partition("\n## Values")[0], flags=re.M | re.S):
+        assert re.search(rf"\b{owner.split('.')[-1]}\b", lines[int(number) - 1]), owner
+    anchors = re.findall(r"^##+ .*{#(\S+)}", page, flags=re.M)
+    assert len(set(anchors)) == len(anchors)
+    assert {target for target in re.findall(r"\]\(#([^)]+)\)", page)} <= set(anchors)
+
+
+MODULE = '''"""What it is for."""
+
+# AUTOGENERATED! DO NOT EDIT! File to edit: ../nbs/07_lora.ipynb.
+__all__ = ['LIMIT', 'Thing', 'use', 'Wrong']
+# %% x
+LIMIT = 3 # things
+
+class Thing(Base):
+    "A thing."
+    def __init__(self,
+        size:int=8, # in cm
+        *, name:str="x|y", # shown
+    ):
+        self.size = size
+
+    def grow(self, by): # the new size, (batch, length)
+        "Make it larger; raises a `Wrong` or a `ValueError` if it is."
+        return by
+
+    def _hidden(self): pass
+
+def use(
+    thing, # any
+    how="well", # or badly
+): # what came of it
+    """Use it. Raises a `LoRAError` for nothing."""
+    return thing
+
+class Wrong(ValueError):
+    "Not right."
+'''
+
+
+@pytest.fixture
+def made(docs, tmp_path, monkeypatch):
+    "The page of a small module."
+    (tmp_path / "sftlab").mkdir()
+    (tmp_path / "sftlab/made.py").write_text(MODULE)
+    docs.api.errors()
+    monkeypatch.setattr(docs.api, "ROOT", tmp_path)
+    yield docs.api.api_page("made", "7 · LoRA", "https://code/")
+    docs.api.module.cache_clear()
+
+
+@pytest.mark.parametrize("wanted", [
+    'description: "What it is for."', "[7 · LoRA](../nbs/07_lora.ipynb)",
+    "| [`Thing`](#Thing) | A thing. (A kind of `Base`.) |", "| [`use`](#use) | Use it. |",
+    'class Thing(size: int = 8, *, name: str = \'x|y\')',
+    "| `size` | `int` | `8` | in cm |", r"| `name` | `str` | `'x\|y'` | shown |",
+    "### Thing.grow {#Thing.grow}", "**Returns** the new size, (batch, length)",
+    "**Raises** `ValueError`", "use(thing, how='well')",
+    "| `how` | `'well'` | or badly |", "**Returns** what came of it",
+    "**Raises** [`LoRAError`](errors.qmd#LoRAError)", "class Wrong(ValueError)",
+    "## Values", "LIMIT = 3", "things", "https://code/sftlab/made.py#L8"])
+def test_an_api_page_says(made, wanted):
+    assert wanted in made
+
+
+def test_an_api_page_hides_what_is_private_and_mixes_nothing_up(made):
+    assert "_hidden" not in made and "`self`" not in made
+    assert "or badly: what came of it" not in made and "| `*` |" not in made
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

@@ -1,91 +1,304 @@
 """Build the website in _docs/: python tools/docs.py
 
-Notebooks go through nbdev's processors into _proc/, next to one page of documentation a module,
-and Quarto makes the site from there. Lessons are shown as they are; nothing is executed.
+Notebooks are written to _proc/ as Quarto wants them, with a page of documentation for each module,
+and Quarto makes the site from there. Nothing is executed: outputs are shown as they are kept.
 """
-import importlib
-import inspect
+import base64
+import json
+import posixpath
 import re
 import shutil
 import subprocess
 import sys
+from configparser import ConfigParser
+from functools import lru_cache
 from pathlib import Path
 
+import api
+import lessons
 import live
 import yaml
 from execnb.nbio import mk_cell, read_nb, write_nb
-from nbdev.processors import FilterDefaults
-from nbdev.showdoc import show_doc
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
-HOME = """<!doctype html>
-<meta charset="utf-8"><meta http-equiv="refresh" content="0; url=nbs/index.html">
-<a href="nbs/index.html">sftlab</a>
-"""
+SETUP = re.compile(r"(?:#.*\n|\s*\n)*(?:import|from) ")
+EXERCISES = "exercises/index.qmd"  # made from exercises/README.md
+# what pandas puts before each table; tools/site/rules.scss does better
+PANDAS = re.compile(r"<style scoped>.*?</style>\s*", re.S)
+STYLE = re.compile(r"<style\b.*?</style>\s*", re.S)
+PICTURE = re.compile(r'src="data:image/png;base64,([^"]+)"')
+LINK = re.compile(r'(\]\(|\b(?:href|src|srcset)=")([^)\s"]+)(?=[)\s"])')
+CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.S | re.M)
 
 
-def pages(
-    config:dict, # `_quarto.yml`, parsed
-) -> list: # paths of the site's pages, relative to the top of the project
+@lru_cache(None)
+def settings() -> dict: # name -> value
+    "What settings.ini says of the project."
+    ini = ConfigParser()
+    ini.read(ROOT / "settings.ini", encoding="utf-8")
+    return dict(ini["DEFAULT"])
+
+
+def code_at(
+    kind:str="blob", # or `raw`
+) -> str: # address of the project's files, ending in /
+    return f"{settings()['git_url']}/{kind}/{settings()['branch']}/"
+
+
+def site_at() -> str: # address of the site, ending in /
+    return settings()["doc_host"] + settings()["doc_baseurl"].rstrip("/") + "/"
+
+
+@lru_cache(None)
+def pages() -> tuple: # paths of the site's pages, relative to the top of the project
     "The pages that the site is made of, in its own order."
-    return config["project"]["render"]
+    return tuple(yaml.safe_load((ROOT / "_quarto.yml").read_text("utf-8"))["project"]["render"])
 
 
-def split_title(
-    notebook, # opens with `# Title`, perhaps `> one line`, perhaps more
-):
-    "Give title and quoted line a cell of their own: nbdev makes front matter of it."
+@lru_cache(None)
+def lesson_rows() -> dict: # page -> row of tools/lessons.yml
+    return {f"nbs/{row['notebook']}.ipynb": row for row in lessons.written()}
+
+
+@lru_cache(None)
+def exercise_rows() -> dict: # page -> row of tools/lessons.yml
+    return {f"exercises/{row['exercise']}.ipynb": row for row in lessons.written()
+            if "exercise" in row}
+
+
+@lru_cache(None)
+def page_title(
+    name:str, # of a notebook
+) -> str:
+    "The notebook's own title, after its number where it is a lesson."
+    first = "".join(json.loads((ROOT / name).read_text("utf-8"))["cells"][0]["source"])
+    title = re.match(r"# (.*)", first)[1]
+    row = lesson_rows().get(name)
+    return f"{row['number']} · {title}" if row else title
+
+
+def opening(
+    notebook, # begins with `# Title`, perhaps `> one line`, perhaps more
+) -> str: # the line, or ""
+    "Take title and line out of a notebook: they become its front matter."
     first = notebook.cells[0]
-    title = re.match(r"# .*\n*(?:> .*\n*)?", first.source).group()
-    rest = first.source[len(title):].strip()
-    first.source = title
-    if rest:
-        notebook.cells.insert(1, mk_cell(rest, "markdown"))
+    found = re.match(r"# .*\n*(?:> (.*)\n*)?", first.source)
+    first.source = first.source[found.end():].strip()
+    return api.without_links(found[1] or "")
 
 
-def is_empty(
-    cell, # a processed cell
-) -> bool: # whether nothing is left of it but directives such as `default_exp`
-    return all(line.startswith("#|") for line in cell.source.strip().splitlines())
+def directives(
+    source:str, # of a code cell
+) -> tuple: # of lines: nbdev's directives, without their mark; what else there is
+    "Take out what is for nbdev: `export`, `default_exp` and the like, not `code-fold: true`."
+    lines = source.splitlines()
+    ours = [line for line in lines if re.match(r"#\| *\w+(?: [\w.]+)?\s*$", line)]
+    return [line[2:].strip() for line in ours], [line for line in lines if line not in ours]
+
+
+def for_reading(
+    cell, # of code
+):
+    "Directives go. What is folded or hidden is shown folded: nobody can follow without imports."
+    marks, lines = directives(cell.source)
+    if "hide" in marks:
+        cell.outputs = []
+    if "hide" in marks or "#| code-fold: true" in lines:
+        lines = [line for line in lines if "code-fold" not in line]
+        code = "\n".join(line for line in lines if not line.startswith("#|"))
+        about = "Imports and set-up" if SETUP.match(code) else "Show the code"
+        fold = ["#| code-fold: true", f'#| code-summary: "{about}"'] if code.strip() else []
+        lines = fold + lines
+    cell.source = "\n".join(lines)
+
+
+def as_raw_html(
+    html:str, # of an output
+) -> str: # Markdown that shows it
+    "Quarto loads require.js and jQuery from elsewhere for a notebook with HTML outputs: not so."
+    return f"````{{=html}}\n{html.strip()}\n````\n"
+
+
+def picture_files(
+    html:str, # with pictures in it
+    name:str, # of the page
+    to:Path, # folder that Quarto reads
+) -> str: # the same with pictures that are files
+    "A page is read sooner when its pictures come after it."
+    folder = f"pictures/{Path(name).with_suffix('').as_posix()}"
+
+    def write(found):
+        (to / folder).mkdir(parents=True, exist_ok=True)
+        path = f"{folder}/{len(list((to / folder).iterdir())) + 1}.png"
+        (to / path).write_bytes(base64.b64decode(found[1]))
+        return f'loading="lazy" src="{relative(path, name)}"'
+    return PICTURE.sub(write, html)
+
+
+def shown(
+    output, # of a cell
+    name:str, # of the page
+    to:Path, # folder that Quarto reads
+    styles:list, # what goes into the page's head, added to
+):
+    "An output as the site shows it, or None: no warnings, no widgets that nothing would drive."
+    data = output.get("data", {})
+    if output.get("name") == "stderr" or WIDGET in data:
+        return None
+    if "text/html" in data and "text/markdown" not in data:
+        html = PANDAS.sub("", "".join(data["text/html"]))
+        styles += STYLE.findall(html)
+        html = picture_files(STYLE.sub("", html), name, to)
+        output["data"] = {"text/markdown": as_raw_html(html)}
+    return output
+
+
+def relative(
+    path:str, # of a file of the site, perhaps with an anchor
+    name:str, # of the page that leads there
+) -> str:
+    return posixpath.relpath(path, posixpath.dirname(name) or ".")
+
+
+def candidates(
+    path:str, # what a link leads to, relative to the page
+    name:str, # of the page
+):
+    "Where a link may lead: in this project, or in a learner's copy, where exercises are inside."
+    yield posixpath.normpath(posixpath.join(posixpath.dirname(name), path))
+    if name.startswith("exercises/"):
+        yield posixpath.normpath(posixpath.join("nbs", posixpath.dirname(name), path))
+    yield posixpath.normpath(posixpath.join(posixpath.dirname(name), path)).removeprefix("nbs/")
+
+
+def linked(
+    target:str, # of a link in a notebook
+    name:str, # of the page
+) -> str: # the same on the site
+    "Links to pages of the site lead to these; links to other files lead to the project."
+    path, mark, rest = target.partition("#")
+    for start in (code_at(), site_at()):
+        if target.startswith(start):
+            inside = path.removeprefix(start)
+            if start == site_at() or inside in pages():
+                return relative(inside or "index.html", name) + mark + rest
+    if not path or re.match(r"[a-z]+:|/", path):
+        return target
+    for place in candidates(path, name):
+        place = EXERCISES if place in ("exercises/README.md", "exercises") else place
+        if place in pages():
+            return relative(place, name) + mark + rest
+    place = next(candidates(path, name))
+    if (ROOT / place).exists() and not place.startswith(("nbs/images/", "nbs/live/")):
+        return code_at() + place + mark + rest
+    return target
+
+
+def with_links(
+    text:str, # Markdown of a page
+    name:str, # of the page
+) -> str: # the same, its links as on the site
+    "Code is left as it is."
+    parts = CODE.split(text)
+    parts[::2] = [LINK.sub(lambda m: m[1] + linked(m[2], name), part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def module_of(
+    notebook, # as it is kept
+) -> str: # the module that it exports, or ""
+    named = [re.search(r"^#\| *default_exp (\S+)", cell.source, re.M) for cell in notebook.cells]
+    return next((found[1] for found in named if found), "")
+
+
+def ways(
+    name:str, # of a notebook
+    module:str, # that it exports, or ""
+) -> str: # Markdown, one line
+    "What a reader may do with the page: open, download, do its exercises, look things up."
+    user, repo = settings()["user"], settings()["repo"]
+    colab = f"https://colab.research.google.com/github/{user}/{repo}/blob/{settings()['branch']}/"
+    links = [f"[Open in Colab]({colab}{name})",
+             f'<a href="{relative("download/" + name, name)}" download>Download</a>']
+    if row := lesson_rows().get(name):
+        if "exercise" in row:
+            page = f"exercises/{row['exercise']}.ipynb"
+            links.append(f"[Exercises]({relative(page, name)})")
+    if row := exercise_rows().get(name):
+        lesson = f"nbs/{row['notebook']}.ipynb"
+        links.append(f"[Lesson {page_title(lesson)}]({relative(lesson, name)})")
+    if module:
+        links.append(f"[Reference: `sftlab.{module}`]({relative(f'api/{module}.qmd', name)})")
+    links.append(f"[View source]({code_at()}{name})")
+    return "::: {.page-ways}\n" + "\n".join(links) + "\n:::"
+
+
+def front_matter(
+    name:str, # of the page
+    line:str, # what the page is about
+    styles:list, # of outputs
+) -> str: # YAML between two lines
+    "Title, description and what else Quarto is told about a page."
+    found = dict(title=page_title(name), description=line)
+    if name == "nbs/index.ipynb":
+        found["description"] = settings()["description"]
+        found["pagetitle"] = f"{settings()['title']}: {settings()['description']}"
+    if name.startswith("exercises/"):
+        found["repo-actions"] = False  # made from its master: nothing to edit
+    if styles:
+        found["include-in-header"] = dict(text="".join(dict.fromkeys(styles)))
+    head = yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=1000)
+    return f"---\n{head}---\n"
 
 
 def process(
     name:str, # a notebook, relative to the top of the project
     to:Path, # folder that Quarto will read
 ):
-    "Write the notebook as Quarto wants it: front matter, no directives, no widgets."
-    notebook = read_nb(ROOT / name)
-    split_title(notebook)
-    FilterDefaults()(notebook)
-    notebook.cells = [cell for cell in notebook.cells if not is_empty(cell)]
-    notebook.metadata.pop("widgets", None)
+    "Write the notebook as Quarto wants it: front matter, no directives, links of the site."
+    notebook, styles = read_nb(ROOT / name), []
+    module, line = module_of(notebook), opening(notebook)
     for cell in notebook.cells:
-        if "outputs" in cell:
-            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+        if cell.cell_type == "markdown":
+            cell.source = with_links(cell.source, name)
+        if cell.cell_type == "code":
+            for_reading(cell)
+            made = [shown(output, name, to, styles) for output in cell.outputs]
+            cell.outputs = [output for output in made if output]
+    head = [mk_cell(front_matter(name, line, styles), "raw")]
+    if name != "nbs/index.ipynb":
+        head.append(mk_cell(ways(name, module), "markdown"))
+    notebook.cells = head + [cell for cell in notebook.cells if cell.source.strip()]
+    notebook.metadata.pop("widgets", None)
     (to / name).parent.mkdir(parents=True, exist_ok=True)
     write_nb(notebook, to / name)
 
 
-def api_page(
-    module:str, # name inside the package, such as `generation` or `tiny.world`
-) -> str: # Markdown
-    "Signature, parameters and docstring of everything that a module exports."
-    loaded = importlib.import_module(f"sftlab.{module}")
-    code = (ROOT / "sftlab" / f"{module.replace('.', '/')}.py").read_text()
-    source = re.search(r"File to edit: (?:\.\./)+(.*?\.ipynb)", code)[1]
-    text = [f"---\ntitle: sftlab.{module}\n---\n",
-            f"Written and explained in [this notebook](../{source}).\n"]
-    values = []
-    for name in loaded.__all__:
-        value = getattr(loaded, name)
-        if inspect.isroutine(value) or inspect.isclass(value):
-            text.append(show_doc(value, name=name, title_level=2)._repr_markdown_() + "\n")
-        else:
-            values.append(f"`{name}`")
-    if values:
-        text.append(f"---\n\nAlso exported, as values: {', '.join(values)}.\n")
-    return "\n".join(text)
+def exercise_index() -> str: # Markdown
+    "exercises/README.md as a page."
+    text = (ROOT / "exercises/README.md").read_text("utf-8")
+    body = text.partition("\n")[2]
+    head = ("---\ntitle: Exercises\n"
+            "description: A notebook of questions for each lesson, each with a check and hints.\n"
+            "repo-actions: false\n---\n")
+    return head + with_links(body, EXERCISES)
+
+
+def write_page(
+    name:str, # of a page, such as `api/lora.qmd`
+    to:Path, # folder that Quarto will read
+):
+    "Write a page that is not a notebook."
+    (to / name).parent.mkdir(parents=True, exist_ok=True)
+    if name == EXERCISES:
+        text = exercise_index()
+    elif name == "api/index.qmd":
+        text = api.index_page(lessons.reference(ROOT))
+    else:
+        module = Path(name).stem
+        text = api.api_page(module, page_title(api.module(module).notebook), code_at())
+    (to / name).write_text(text, "utf-8")
 
 
 def prepare(
@@ -93,17 +306,75 @@ def prepare(
 ):
     "Everything that Quarto needs to make the site."
     shutil.rmtree(to, ignore_errors=True)
-    config = yaml.safe_load((ROOT / "_quarto.yml").read_text())
-    for name in pages(config):
-        if name.startswith("api/"):
-            (to / "api").mkdir(parents=True, exist_ok=True)
-            (to / name).write_text(api_page(Path(name).stem))
-        else:
+    for name in pages():
+        if name.endswith(".ipynb"):
             process(name, to)
+        else:
+            write_page(name, to)
     for images in ROOT.glob("nbs/**/images"):
         shutil.copytree(images, to / images.relative_to(ROOT))
     live.site(to / "nbs/live")
+    if (ROOT / "nbs/_site").exists():  # icons, card, the page for what is not found
+        shutil.copytree(ROOT / "nbs/_site", to, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "tools/site", to / "tools/site")
     shutil.copy(ROOT / "_quarto.yml", to)
+
+
+def home() -> str: # HTML
+    "The page at the top of the site, which leads to the front page: pages keep their folders."
+    about, title = settings()["description"], settings()["title"]
+    at = site_at() + "nbs/index.html"
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}: {about}</title>
+<meta name="description" content="{about}">
+<meta http-equiv="refresh" content="0; url=nbs/index.html">
+<link rel="canonical" href="{at}">
+<link rel="icon" href="favicon.svg">
+<meta property="og:title" content="{title}">
+<meta property="og:description" content="{about}">
+<meta property="og:url" content="{at}">
+<meta property="og:image" content="{site_at()}social-card.png">
+<meta name="twitter:card" content="summary_large_image">
+</head>
+<body><p><a href="nbs/index.html">{title}: {about}</a></p></body>
+</html>
+"""
+
+
+def search_rank(
+    entry:dict, # of search.json
+) -> int: # the lower, the earlier
+    "Lessons before exercises, these before the rest, the insides of the package last."
+    starts = (r"nbs/\d\d_", "nbs/labs/", "exercises/", "nbs/[^/]*$", "nbs/reference/[^/]*$", "api/")
+    href = entry["href"].partition("#")[0]
+    return next((n for n, start in enumerate(starts) if re.match(start, href)), len(starts))
+
+
+def searchable(
+    entries:list, # of search.json
+) -> list: # the same, in the order in which equal finds are shown
+    "Of the reference, names are searched and not their tables: words lead to lessons first."
+    for entry in entries:
+        if entry["href"].startswith("api/"):
+            entry["text"] = ""
+    return sorted(entries, key=search_rank)
+
+
+def finish(
+    site:Path, # what Quarto has made
+):
+    "What Quarto does not do: the first page, the order of finds, the notebooks to download."
+    (site / "index.html").write_text(home(), "utf-8")
+    found = json.loads((site / "search.json").read_text("utf-8"))
+    (site / "search.json").write_text(json.dumps(searchable(found), ensure_ascii=False), "utf-8")
+    for name in pages():
+        if name.endswith(".ipynb"):
+            (site / "download" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, site / "download" / name)
 
 
 def main():
@@ -115,7 +386,7 @@ def main():
     subprocess.run(["quarto", "render"], cwd=work, check=True)
     shutil.rmtree(site, ignore_errors=True)
     shutil.move(work / "_docs", site)
-    (site / "index.html").write_text(HOME)  # pages keep their folders, the front page too
+    finish(site)
     print(f"The website is in {site}: open {site / 'index.html'}")
 
 

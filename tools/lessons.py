@@ -18,6 +18,7 @@ ROOMS = {  # folder of nbs/reference -> heading in the sidebar
     "files": "Files: what is read and written",
     "audit": "Audits: what went wrong in silence",
     "figures": "Figures of the lessons",
+    "labs": "Labs: cards, recovery, advice",
     "tiny": "The tiny model and its world",
     "study": "Exercises, experiments, speed",
 }
@@ -47,15 +48,48 @@ def between(
     return found
 
 
-def lesson_map(rows:list) -> str: # Markdown
-    "What nbs/index.ipynb shows."
-    lines = ["| | lesson | what you will see |", "|---|---|---|"]
+def parts(
+    rows:list, # from `table`; a part begins where a row names it
+) -> dict: # part -> rows
+    "The lessons by part of the course."
+    found = {}
     for row in rows:
-        name = row["title"] + " (planned)"
-        if "notebook" in row:
-            name = f"[{row['title']}]({row['notebook']}.ipynb)"
-        lines.append(f"| {row['number']:02} | {name} | {row['see']} |")
+        name = row.get("part") or next(reversed(found))
+        found.setdefault(name, []).append(row)
+    return found
+
+
+def lesson_map(rows:list) -> str: # Markdown
+    "What nbs/index.ipynb shows: a list for each part, which the website makes cards of."
+    text = []
+    for name, part in parts(rows).items():
+        text += ["", f"### {name}", ""]
+        for row in part:
+            title = f"{row['number']:02} {row['title']}"
+            if "notebook" in row:
+                text.append(f"- **[{title}]({row['notebook']}.ipynb)**: {row['see']}")
+            else:
+                text.append(f"- {title} (planned): {row['see']}")
+    return "\n".join(text[1:]) + "\n"
+
+
+def lab_list(root:Path) -> str: # Markdown
+    "What nbs/index.ipynb shows of the labs: the title of each, and the line below it."
+    lines = []
+    for path in sorted(root.glob("nbs/labs/*.ipynb")):
+        first = "".join(json.loads(path.read_text("utf-8"))["cells"][0]["source"])
+        title, says = re.match(r"# (.*)\n+> (.*)", first).groups()
+        lines.append(f"- **[{title}](labs/{path.name})**: {says}")
     return "\n".join(lines) + "\n"
+
+
+def write_notebook(
+    path:Path, # where to
+    notebook:dict, # as read from JSON
+):
+    "Write a notebook as Jupyter does."
+    text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True)
+    path.write_text(text + "\n", "utf-8")
 
 
 def exercise_list(rows:list) -> str: # Markdown
@@ -82,27 +116,67 @@ def modules(root:Path) -> list: # such as ["generation", …, "tiny.world"]
     return sorted(found, key=place)
 
 
+HANDBOOK = [f"nbs/reference/{name}.ipynb" for name in ("start", "using", "cli", "glossary")]
+
+
 def behind(root:Path) -> dict: # heading -> pages
-    "The notebooks that are not lessons, room by room."
+    "The notebooks that are neither lessons nor the handbook, room by room."
     found = {}
     for room, heading in ROOMS.items():
-        pages = sorted((root / "nbs/reference" / room).glob("*.ipynb"))
-        found[heading] = [p.relative_to(root).as_posix() for p in pages if p.stem != "glossary"]
+        paths = sorted((root / "nbs/reference" / room).glob("*.ipynb"))
+        names = [path.relative_to(root).as_posix() for path in paths]
+        found[heading] = [name for name in names if name not in HANDBOOK]
+    return {heading: names for heading, names in found.items() if names}
+
+
+def sections(named:dict) -> list: # heading -> pages; as Quarto wants it
+    return [dict(section=heading, contents=pages) for heading, pages in named.items()]
+
+
+def reference(root:Path) -> dict: # heading -> pages
+    "The pages about modules: those of lessons first, then room by room."
+    taught = {row["exercise"].split("_", 1)[1] for row in written(root) if "exercise" in row}
+    found = {}
+    for name in modules(root):
+        heading = "Lessons" if name in taught else ROOMS[name.rpartition(".")[0]]
+        found.setdefault(heading, []).append(f"api/{name}.qmd")
     return found
 
 
-def page_lists(root:Path) -> tuple: # of YAML: what to render, the sidebar
+def sidebars(root:Path) -> list: # of dicts, as Quarto wants them
+    "One sidebar for what a learner reads, and one for what is inside: none holds it all."
+    rows = written(root)
+    exercises = [f"exercises/{row['exercise']}.ipynb" for row in rows if "exercise" in row]
+    labs = [path.relative_to(root).as_posix() for path in sorted(root.glob("nbs/labs/*.ipynb"))]
+    inside = dict(section="How it is built", contents=sections(behind(root)))
+    lessons = [f"nbs/{row['notebook']}.ipynb" for row in rows]
+    found = {
+        "Lessons": [dict(text="The course", href="nbs/index.ipynb"), *lessons],
+        "Exercises": ["exercises/index.qmd", *exercises],
+        "Labs": labs,
+        "Handbook": [name for name in HANDBOOK if (root / name).exists()],
+        "Reference": ["api/index.qmd", *sections(reference(root)), inside],
+    }
+    return [dict(id=title.lower(), title=title, style="floating", contents=pages,
+                 **{"collapse-level": 1}) for title, pages in found.items() if pages]
+
+
+def leaves(contents:list): # of a sidebar: pages, named pages, and sections of pages
+    "The pages of a sidebar, in order."
+    for entry in contents:
+        if isinstance(entry, str):
+            yield entry
+        elif "href" in entry:
+            yield entry["href"]
+        else:
+            yield from leaves(entry["contents"])
+
+
+def page_lists(root:Path) -> tuple: # of YAML: what to render, the sidebars
     "The two lists of pages in _quarto.yml, in the same order."
-    lessons = [f"nbs/{row['notebook']}.ipynb" for row in written(root)]
-    rooms = {heading: pages for heading, pages in behind(root).items() if pages}
-    api = [f"api/{name}.qmd" for name in modules(root)]
-    glossary = "nbs/reference/glossary.ipynb"
-    pages = ["nbs/index.ipynb", *lessons, glossary, *sum(rooms.values(), []), *api]
-    sidebar = ["nbs/index.ipynb", dict(section="Lessons", contents=lessons), glossary]
-    inside = [dict(section=heading, contents=pages) for heading, pages in rooms.items()]
-    sidebar.append(dict(section="Behind the lessons", contents=inside))
-    sidebar.append(dict(section="API", contents=api))
-    return tuple(yaml.safe_dump(part, sort_keys=False, width=200) for part in (pages, sidebar))
+    bars = sidebars(root)
+    pages = [page for bar in bars for page in leaves(bar["contents"])]
+    return tuple(yaml.safe_dump(part, sort_keys=False, width=200) for part in (pages, bars))
 
 
 def indented(text:str, by:int) -> str:
@@ -112,20 +186,21 @@ def indented(text:str, by:int) -> str:
 def main(root:Path=ROOT):
     index = root / "nbs/index.ipynb"
     notebook = json.loads(index.read_text("utf-8"))
+    lists = dict(lessons=lesson_map(table(root)), labs=lab_list(root))
     for cell in notebook["cells"]:
-        source = "".join(cell["source"])
-        if "<!-- lessons -->" in source:
-            made = between(source + "\n", "lessons", "\n" + lesson_map(table(root)) + "\n")
-            cell["source"] = made.rstrip("\n").splitlines(keepends=True)
-    text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True)
-    index.write_text(text + "\n", "utf-8")
+        for name, made in lists.items():
+            source = "".join(cell["source"])
+            if f"<!-- {name} -->" in source:
+                text = between(source + "\n", name, f"\n{made}\n").rstrip("\n")
+                cell["source"] = text.splitlines(keepends=True)
+    write_notebook(index, notebook)
     exercises = root / "exercises/README.md"
     made = between(exercises.read_text("utf-8"), "exercises", exercise_list(table(root)))
     exercises.write_text(made, "utf-8")
     site = root / "_quarto.yml"
     render, sidebar = page_lists(root)
     made = between(site.read_text("utf-8"), "pages", indented(render, 4))
-    site.write_text(between(made, "sidebar", indented(sidebar, 6)), "utf-8")
+    site.write_text(between(made, "sidebar", indented(sidebar, 4)), "utf-8")
 
 
 if __name__ == "__main__":
