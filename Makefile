@@ -49,8 +49,9 @@ exercises: $(DEV) ## make the learners' notebooks and sftlab/study/checks/ from 
 nbgrader: $(DEV) ## make a course for nbgrader in _nbgrader/ (there: nbgrader generate_assignment 01_generation)
 	@$(BIN)/python -c "from sftlab.study.masters import make_nbgrader; print(*make_nbgrader(), sep='\n')"
 
-lessons: $(DEV) ## bring index, README, exercises' list and website in step with the table of lessons, tools/lessons.yml
+lessons: $(DEV) ## bring all that lists lessons in step with tools/lessons.yml; badges, installation on Colab and links with settings.ini
 	@$(BIN)/python tools/lessons.py
+	@$(BIN)/python tools/colab.py
 
 docs: $(DEV) ## build the website in _docs/ (needs Quarto)
 	@$(BIN)/python tools/docs.py

@@ -26,8 +26,14 @@ def module_of(lesson):
     return ROOT / "sftlab" / (found.replace(".", "/") + ".py")
 
 
-def sources(notebook, kind):
+def cells_of(notebook):
+    "All but badge and installation on Colab: tools/colab.py writes them, and they teach nothing."
     cells = json.loads(notebook.read_text("utf-8"))["cells"]
+    return [c for c in cells if not c.get("id", "").startswith("colab-")]
+
+
+def sources(notebook, kind):
+    cells = cells_of(notebook)
     return ["".join(c["source"]) for c in cells if c["cell_type"] == kind]
 
 
@@ -64,7 +70,7 @@ def sizes(notebook):
 
 def main_and_appendix(notebook):
     "How many cells come before a heading `## Appendix`, and how many from there on."
-    cells = json.loads(notebook.read_text("utf-8"))["cells"]
+    cells = cells_of(notebook)
     begins = [i for i, c in enumerate(cells) if c["cell_type"] == "markdown"
               and re.search(r"(?m)^#+ Appendix", "".join(c["source"]))]
     main = min(begins, default=len(cells))

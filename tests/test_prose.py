@@ -7,10 +7,13 @@ remember", may repeat figures of the whole lesson, and so may the lines before t
 import json
 import re
 from decimal import ROUND_HALF_DOWN, ROUND_HALF_UP, Decimal
+from functools import cache
 from html import unescape
 from pathlib import Path
 
 import pytest
+
+from sftlab.study.links import local_links
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = sorted(ROOT.glob("nbs/[0-9][0-9]_*.ipynb"))
@@ -115,10 +118,16 @@ def is_among(figure, known):
     return any(rounds_to(n, value, step) for n in [*known, *shares] if n < Decimal(10)**15)
 
 
+@cache
+def pages_below(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*.ipynb")}
+
+
 def linked(sentence, notebook):
     "What a sentence's links stand for: None for another site, or the numbers of the notebooks."
     known = set()
-    for target in LINK.findall(sentence):
+    here = local_links(sentence, notebook.name, pages_below(notebook.parent))
+    for target in LINK.findall(here):
         file = (notebook.parent / target.partition("#")[0]).resolve()
         if target.startswith("http"):
             return None

@@ -88,6 +88,9 @@ def notebook_from(
     made, answers = [], {}
     for cell in cells:
         source = "".join(cell["source"])
+        if cell["id"].startswith("colab-"): # an assignment is not opened on Colab
+            made += [cell] if part is _learner_part else []
+            continue
         if cell["cell_type"] == "markdown":
             made.append(_cell("markdown", _with_effort(source, questions), cell["id"]))
             continue
