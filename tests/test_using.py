@@ -1,5 +1,6 @@
-"""The package as a library: the page "Using the helpers" and README's snippets are run as they are
-printed, and what is given in the wrong form is refused with a line that says what to do."""
+"""The package as a library: the snippets of "Using the helpers" and of "Install and first commands"
+are run as they are printed. What is given in the wrong form is refused with a line that says what
+to do."""
 import importlib
 import io
 import json
@@ -28,11 +29,11 @@ from sftlab.training import evaluate_nll, train
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "nbs/reference/using.ipynb"
-README = (ROOT / "README.md").read_text("utf-8")
+START = ROOT / "nbs/reference/start.ipynb"
 
 
-def cells(kind):
-    notebook = json.loads(PAGE.read_text("utf-8"))
+def cells(kind, page=PAGE):
+    notebook = json.loads(page.read_text("utf-8"))
     return ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == kind]
 
 
@@ -43,9 +44,12 @@ def write_questions(path):
     Path(path).write_text(json.dumps(asked), "utf-8")
 
 
+def first_commands(): return "\n\n".join(cells("markdown", START))
+
+
 def blocks(language):
-    "The fenced blocks of README in a language."
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    "The fenced blocks of the page of first commands in a language."
+    return re.findall(rf"```{language}\n(.*?)```", first_commands(), flags=re.DOTALL)
 
 
 # --- the page
@@ -89,22 +93,22 @@ def test_what_the_table_names_is_there():
         assert callable(getattr(importlib.import_module(module), function)), name
 
 
-# --- README
+# --- the page of first commands
 
 @pytest.mark.slow
-def test_the_snippets_of_readme_run(tmp_path, monkeypatch, capsys):
+def test_the_snippets_of_the_first_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_questions("my_file.json")
     names = {}
     first, second = blocks("python")
-    exec(compile(first, "README.md", "exec"), names)
+    exec(compile(first, "start.ipynb", "exec"), names)
     assert "Label audit: no faults" in capsys.readouterr().out
-    exec(compile(second, "README.md", "exec"), names)
+    exec(compile(second, "start.ipynb", "exec"), names)
     assert capsys.readouterr().out.endswith("The capital of Peru is Lima.\n")
 
 
 @pytest.mark.slow
-def test_the_commands_of_readme_run(tmp_path, monkeypatch, capsys):
+def test_the_first_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_questions("my_file.json")
     asked = [as_messages(e) for e in test_set()[:12]]
@@ -130,9 +134,10 @@ def options(command):
     return found.union(*(options(c) for c in getattr(command, "commands", {}).values()))
 
 
-def test_the_options_that_readme_names_are_there():
-    start = README.index("What else the commands take")
-    part = README[start:README.index("**In a script of your own**")]
+def test_the_options_that_it_names_are_there():
+    text = first_commands()
+    start = text.index("What else the commands take")
+    part = text[start:text.index("## In a script of your own")]
     named, known = set(re.findall(r"--[a-z-]+", part)), options(typer.main.get_command(app))
     assert {"--tools", "--dry-run", "--config"} <= named <= known | {"--help"}
     for target in re.findall(r"^(?:sftlab|make) (\w+)", "\n".join(blocks("sh")), re.MULTILINE):

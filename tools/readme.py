@@ -15,19 +15,22 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTE = "<!-- Made from nbs/index.ipynb by `make readme`: edit that. -->\n\n"
 
 
+LINK = re.compile(r'(\]\(|\b(?:src|srcset)=")([^)\s"]+)')
+
+
 def from_the_top(
-    match, # of `](target`, the target relative to nbs/
+    match, # of LINK, the target relative to nbs/
 ) -> str: # the same, relative to the top of the project
-    target = match[1]
+    target = match[2]
     if re.match(r"[a-z]+:|#", target):
         return match[0]
-    return "](" + posixpath.normpath(posixpath.join("nbs", target))
+    return match[1] + posixpath.normpath(posixpath.join("nbs", target))
 
 
 def readme() -> str:
     "The front page of the course as Markdown."
     text, _ = MarkdownExporter().from_filename(ROOT / "nbs/index.ipynb")
-    return NOTE + re.sub(r"\]\(([^)\s]+)", from_the_top, text).strip() + "\n"
+    return NOTE + LINK.sub(from_the_top, text).strip() + "\n"
 
 
 def picture() -> bytes: # PNG
