@@ -15,10 +15,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import api
+import colab
 import lessons
 import live
 import yaml
 from execnb.nbio import mk_cell, read_nb, write_nb
+
+from sftlab.study.links import local_links
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -195,12 +198,20 @@ def linked(
     return target
 
 
+@lru_cache(None)
+def known() -> frozenset: # paths
+    "What a link of a lesson or an exercise may lead to."
+    return frozenset(colab.known_files())
+
+
 def with_links(
     text:str, # Markdown of a page
     name:str, # of the page
 ) -> str: # the same, its links as on the site
     "Code is left as it is."
     parts = CODE.split(text)
+    if name in colab.course_notebooks().values():  # there links are addresses, for Colab
+        parts[::2] = [local_links(part, name, known()) for part in parts[::2]]
     parts[::2] = [LINK.sub(lambda m: m[1] + linked(m[2], name), part) for part in parts[::2]]
     return "".join(parts)
 
@@ -217,9 +228,7 @@ def ways(
     module:str, # that it exports, or ""
 ) -> str: # Markdown, one line
     "What a reader may do with the page: open, download, do its exercises, look things up."
-    user, repo = settings()["user"], settings()["repo"]
-    colab = f"https://colab.research.google.com/github/{user}/{repo}/blob/{settings()['branch']}/"
-    links = [f"[Open in Colab]({colab}{name})",
+    links = [f"[Open in Colab]({colab.colab_url(name)})",
              f'<a href="{relative("download/" + name, name)}" download>Download</a>']
     if row := lesson_rows().get(name):
         if "exercise" in row:
@@ -246,8 +255,9 @@ def front_matter(
         found["pagetitle"] = f"{settings()['title']}: {settings()['description']}"
     if name.startswith("exercises/"):
         found["repo-actions"] = False  # made from its master: nothing to edit
-    if styles:
-        found["include-in-header"] = dict(text="".join(dict.fromkeys(styles)))
+    icon = relative("apple-touch-icon.png", name)
+    head = [f'<link rel="apple-touch-icon" href="{icon}">', *dict.fromkeys(styles)]
+    found["include-in-header"] = dict(text="".join(head))
     head = yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=1000)
     return f"---\n{head}---\n"
 
@@ -256,8 +266,9 @@ def process(
     name:str, # a notebook, relative to the top of the project
     to:Path, # folder that Quarto will read
 ):
-    "Write the notebook as Quarto wants it: front matter, no directives, links of the site."
+    "Front matter, links of the site, and no cells or directives that are for Colab or nbdev."
     notebook, styles = read_nb(ROOT / name), []
+    notebook.cells = [c for c in notebook.cells if not c.id.startswith(colab.MARK)]
     module, line = module_of(notebook), opening(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -314,8 +325,7 @@ def prepare(
     for images in ROOT.glob("nbs/**/images"):
         shutil.copytree(images, to / images.relative_to(ROOT))
     live.site(to / "nbs/live")
-    if (ROOT / "nbs/_site").exists():  # icons, card, the page for what is not found
-        shutil.copytree(ROOT / "nbs/_site", to, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "nbs/_site", to, dirs_exist_ok=True)  # icons, card, 404.html
     shutil.copytree(ROOT / "tools/site", to / "tools/site")
     shutil.copy(ROOT / "_quarto.yml", to)
 

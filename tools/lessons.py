@@ -66,10 +66,10 @@ def lesson_map(rows:list) -> str: # Markdown
         text += ["", f"### {name}", ""]
         for row in part:
             title = f"{row['number']:02} {row['title']}"
+            name = f"{title} *(planned)*"
             if "notebook" in row:
-                text.append(f"- **[{title}]({row['notebook']}.ipynb)**: {row['see']}")
-            else:
-                text.append(f"- {title} (planned): {row['see']}")
+                name = f"**[{title}]({row['notebook']}.ipynb)**"
+            text.append(f"- {name}<br>{row['see'][0].upper()}{row['see'][1:]}")
     return "\n".join(text[1:]) + "\n"
 
 
@@ -149,16 +149,19 @@ def sidebars(root:Path) -> list: # of dicts, as Quarto wants them
     exercises = [f"exercises/{row['exercise']}.ipynb" for row in rows if "exercise" in row]
     labs = [path.relative_to(root).as_posix() for path in sorted(root.glob("nbs/labs/*.ipynb"))]
     inside = dict(section="How it is built", contents=sections(behind(root)))
-    lessons = [f"nbs/{row['notebook']}.ipynb" for row in rows]
+    lessons = {part: [f"nbs/{row['notebook']}.ipynb" for row in some if "notebook" in row]
+               for part, some in parts(table(root)).items()}
+    lessons = {part: pages for part, pages in lessons.items() if pages}
     found = {
-        "Lessons": [dict(text="The course", href="nbs/index.ipynb"), *lessons],
+        "Lessons": [dict(text="The course", href="nbs/index.ipynb"), *sections(lessons)],
         "Exercises": ["exercises/index.qmd", *exercises],
         "Labs": labs,
         "Handbook": [name for name in HANDBOOK if (root / name).exists()],
         "Reference": ["api/index.qmd", *sections(reference(root)), inside],
     }
     return [dict(id=title.lower(), title=title, style="floating", contents=pages,
-                 **{"collapse-level": 1}) for title, pages in found.items() if pages]
+                 **{"collapse-level": 1 if title == "Reference" else 2})
+            for title, pages in found.items() if pages]
 
 
 def leaves(contents:list): # of a sidebar: pages, named pages, and sections of pages
