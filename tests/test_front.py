@@ -41,7 +41,7 @@ def part(heading, text):
 
 # --- in this order, and nothing heavy
 
-ORDER = ["# sftlab\n", "\n> A course", 'class="front-live"', 'class="front-buttons"',
+ORDER = ["# sftlab\n", "\n> Supervised", 'class="front-live"', 'class="front-buttons"',
          "## Before and after", "## What makes it different", "## Lessons",
          "## Labs, exercises, paths", "## Install", "## When something fails", "## More"]
 
@@ -51,6 +51,10 @@ ORDER = ["# sftlab\n", "\n> A course", 'class="front-live"', 'class="front-butto
 def test_the_order_is_that_of_a_visitors_twenty_seconds(text):
     places = [text.index(name) for name in ORDER]
     assert places == sorted(places)
+
+
+def test_the_first_sentence_is_that_of_the_package():
+    assert f"> {settings()['description']}: " in front_page()
 
 
 def test_nothing_loads_before_it_is_asked_for():

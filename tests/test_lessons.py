@@ -112,7 +112,7 @@ def test_one_more_lesson_is_listed_everywhere(grown):
     page = f"{number}_doubling.ipynb"
     assert (root / "sftlab/doubling.py").exists()
     readme = (root / "README.md").read_text()
-    assert f"- **[{number} Doubling](nbs/{page})**: twice as much" in readme
+    assert f"- **[{number} Doubling](nbs/{page})**<br>Twice as much" in readme
     assert f"[{number} Doubling]({page})" in (root / "nbs/index.ipynb").read_text()
     site = (root / "_quarto.yml").read_text()
     assert site.count(f"nbs/{page}") == 2 and site.count("api/doubling.qmd") == 2

@@ -23,7 +23,7 @@ IMAGES = ROOT / "nbs/images"
 SITE = ROOT / "nbs/_site"  # for the website's top folder; no learner gets it
 MARK = SITE / "favicon.svg"
 LIMIT = 48  # tokens of an answer, as on the live page
-SIZES = {"desk": 1080, "phone": 390}  # widths of the stills, in CSS pixels
+SIZES = {"desk": 1080, "phone": 480}  # widths of the stills, in CSS pixels
 COLOURS = 128  # of a picture: a quarter of the bytes
 PLAIN = """ /* the answers and the fine-tuning, without the settings */
 .course, h1, .lead, #examples, .knobs, #status, .hint, article details, .which, footer,
