@@ -5,7 +5,7 @@ DEV := .venv/.installed-dev
 PINS := settings.ini setup.py pyproject.toml constraints.txt tools/setup.sh tools/uv_settings.py
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-quick test-all lint bench experiments lessons exercises nbgrader docs live readme tiny-model gates clean
+.PHONY: help lab test test-quick test-all test-colab lint bench experiments lessons exercises nbgrader docs live readme tiny-model gates clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,10 @@ test-quick: $(DEV) lint ## for authors, in three minutes: what trains nothing an
 test-all: $(DEV) lint ## whole matrices, and as many kills as patience allows: what is too long for every change
 	@$(PYTEST) --all $(TEST_ARGS)
 
+FREEZE ?= tests/colab/freeze.txt
+test-colab: $(DEV) ## run some notebooks with Colab's versions, from their own install cell (FREEZE=… for a newer list; COLAB_PYTHON=/path/to/its/python3)
+	@$(BIN)/python tests/colab/run.py --freeze $(FREEZE) $(PAGES)
+
 lint: $(DEV) ## check the form of notebooks, tests and tools
 	@$(BIN)/ruff check --quiet .
 
@@ -53,7 +57,7 @@ lessons: $(DEV) ## bring all that lists lessons in step with tools/lessons.yml; 
 	@$(BIN)/python tools/lessons.py
 	@$(BIN)/python tools/colab.py
 
-docs: $(DEV) ## build the website in _docs/ (needs Quarto)
+docs: $(DEV) ## build the website in _docs/ (needs Quarto; then: python tools/check_site.py)
 	@$(BIN)/python tools/docs.py
 
 live: $(DEV) ## serve the live page, the tiny model in a browser, on http://127.0.0.1:8000

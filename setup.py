@@ -64,5 +64,8 @@ setup(
     },
     cmdclass={"build_py": BuildPackageAndCourse},
     options={"build": {"build_base": staging.name}},
-    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": ["sftlab=sftlab._modidx:d"],  # where nbdev's show_doc finds sources
+    },
 )

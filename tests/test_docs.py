@@ -131,6 +131,7 @@ def test_a_processed_notebook_keeps_its_words(docs, site, name):
              if kind == "markdown" and "colab-badge.svg" not in source]
     wanted = [line for source in prose for line in source.splitlines()]
     assert [line for line in wanted if line not in page] == []
+    assert not re.search(r"^!\[", page, flags=re.M), "Quarto would forget what the picture shows"
     assert not re.search(r"^#\| *(default_exp|export\w*|hide)\b", page, flags=re.MULTILINE)
 
 
@@ -282,8 +283,9 @@ def test_links_become_those_of_the_site(docs, name, target):
 def test_lessons_are_found_first(docs):
     names = ["api/lora.html#inject", "nbs/reference/guards/lora.html", "nbs/reference/cli.html",
              "exercises/07_lora.html", "nbs/07_lora.html#x", "nbs/index.html", "nbs/07_lora.html"]
-    made = docs.searchable([dict(href=name, text="words") for name in names])
+    made = docs.searchable([dict(href=name, title="LoRA", text="words") for name in names])
     assert [entry["href"] for entry in made] == [names[i] for i in (4, 6, 3, 5, 2, 0, 1)]
+    assert [len(entry["title"].split()) > 1 for entry in made] == [False] * 5 + [True] * 2
     assert [entry["text"] for entry in made] == ["words"] * 5 + ["", "words"]
 
 

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 300_000  # bytes of a page, as a server sends it
 LEAST = 4.5  # contrast of a text (WCAG 2.2, AA)
 PHONE = 390  # pixels
+WAIT = 120_000  # milliseconds that a page may take on a busy machine
 NO_PAGES = ("nbs/live/", "site_libs/", "download/")  # the live page has tests of its own
 LOADED = {("script", "src"), ("img", "src"), ("iframe", "src"), ("source", "src"),
           ("video", "src"), ("audio", "src"), ("embed", "src"), ("object", "data")}
@@ -164,7 +165,9 @@ def poor_heads(site:Path, pages:dict) -> list: # of faults
         found += [f"{name}: has no {meta}" for meta in
                   ("description", "og:title", "og:image", "twitter:card")
                   if not page.metas.get(meta, "").strip() and name != "404.html"]
-        found += [f"{name}: the picture {source} has no description" for source in page.undescribed]
+        if name != "404.html":  # its mark decorates
+            found += [f"{name}: the picture {source} has no description"
+                      for source in page.undescribed]
         if name != "index.html":  # which leads to the front page, and is named as it is
             titles[page.title.strip()].append(name)
     found += [f"{', '.join(names)}: one title, {title!r}" for title, names in titles.items()
@@ -311,13 +314,13 @@ def server(
 
 
 def look(
-    page, # of a browser
+    context, # of a browser
     name:str, # of the page of the site
     address:str, # of the server
     scheme:str, # light or dark
 ) -> list: # of faults
     "Open a page as a reader does."
-    found, seen = [], []
+    found, seen, page = [], [], context.new_page()
     page.on("request", lambda request: seen.append(request.url))
     page.on("pageerror", lambda error: found.append(f"{name}: {str(error)[:100]}"))
     page.goto(address + name, wait_until="load")
@@ -327,6 +330,7 @@ def look(
     found += [f"{name}: {scheme}, contrast {text}" for text in page.evaluate(READABLE)]
     found += [f"{name}: asks for {url}" for url in dict.fromkeys(seen)
               if not url.startswith((address, "data:", "blob:"))]
+    page.close()
     return found
 
 
@@ -336,12 +340,13 @@ def search(
 ) -> list: # of faults
     "Type into the search as a learner does."
     found = []
+    page.set_default_timeout(WAIT)
     for query in QUERIES:
         page.goto(address + "nbs/index.html", wait_until="load")
         page.locator("#quarto-search button").click()
         page.locator("input[type=search]").fill(query)
         first = page.locator(".search-result-link").first
-        first.wait_for(timeout=20_000)
+        first.wait_for()
         if not re.search(r"nbs/\d\d_", first.get_attribute("href")):
             found.append(f"search: {query!r} finds {first.get_attribute('href')} before a lesson")
     return found
@@ -353,13 +358,12 @@ def in_a_browser(site:Path, pages:dict, browser) -> list: # of faults
     found = []
     with server(site) as address:
         for scheme in ("light", "dark"):
-            for name in tqdm(sorted(pages), desc=f"{scheme}, {PHONE} pixels"):
-                if name == "index.html":  # which leads to the front page
-                    continue
-                context = browser.new_context(viewport=dict(width=PHONE, height=800),
-                                              color_scheme=scheme)
-                found += look(context.new_page(), name, address, scheme)
-                context.close()
+            context = browser.new_context(viewport=dict(width=PHONE, height=800),
+                                          color_scheme=scheme)
+            context.set_default_timeout(WAIT)
+            names = sorted(set(pages) - {"index.html"})  # which leads to the front page
+            for name in tqdm(names, desc=f"{scheme}, {PHONE} pixels"):
+                found += look(context, name, address, scheme)
         found += search(browser.new_page(), address)
     return found
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from configparser import ConfigParser
 from functools import lru_cache
+from html import escape
 from pathlib import Path
 
 import api
@@ -32,6 +33,7 @@ PANDAS = re.compile(r"<style scoped>.*?</style>\s*", re.S)
 STYLE = re.compile(r"<style\b.*?</style>\s*", re.S)
 PICTURE = re.compile(r'src="data:image/png;base64,([^"]+)"')
 LINK = re.compile(r'(\]\(|\b(?:href|src|srcset)=")([^)\s"]+)(?=[)\s"])')
+IMAGE = re.compile(r"^!\[([^\]]+)\]\((\S+)\)$", re.M)
 CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.S | re.M)
 
 
@@ -198,6 +200,13 @@ def linked(
     return target
 
 
+def described(
+    text:str, # Markdown
+) -> str: # the same, with pictures as HTML
+    "Of a picture alone in its paragraph Quarto makes a caption, and forgets to describe it."
+    return IMAGE.sub(lambda m: f'<img alt="{escape(m[1])}" src="{m[2]}">', text)
+
+
 @lru_cache(None)
 def known() -> frozenset: # paths
     "What a link of a lesson or an exercise may lead to."
@@ -212,7 +221,8 @@ def with_links(
     parts = CODE.split(text)
     if name in colab.course_notebooks().values():  # there links are addresses, for Colab
         parts[::2] = [local_links(part, name, known()) for part in parts[::2]]
-    parts[::2] = [LINK.sub(lambda m: m[1] + linked(m[2], name), part) for part in parts[::2]]
+    parts[::2] = [LINK.sub(lambda m: m[1] + linked(m[2], name), described(part))
+                  for part in parts[::2]]
     return "".join(parts)
 
 
@@ -367,10 +377,14 @@ def search_rank(
 def searchable(
     entries:list, # of search.json
 ) -> list: # the same, in the order in which equal finds are shown
-    "Of the reference, names are searched and not their tables: words lead to lessons first."
+    """Words lead to lessons first. Of the reference, names are searched and not their tables; and
+    since a find counts more in a short title, what is inside the package gets a longer one."""
     for entry in entries:
         if entry["href"].startswith("api/"):
             entry["text"] = ""
+            entry["title"] += ", a page of the reference"
+        elif search_rank(entry) > 4:
+            entry["title"] += ", a page on how the course is built"
     return sorted(entries, key=search_rank)
 
 
