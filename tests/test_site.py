@@ -51,7 +51,7 @@ PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQV
 
 def sheet(colors):
     found = "".join(f"--site-{name}: {value};" for name, value in colors.items())
-    return f"/* https://elsewhere.example */:root{{{found}}} p{{background:url(data:image/png;,)}}"
+    return f"/* https://elsewhere.example */:root{{{found}}} hr{{background:url(data:image/png;,)}}"
 
 
 def write(path, content):
