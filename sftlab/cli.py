@@ -117,6 +117,20 @@ def _show_device() -> float: # GiB of the GPU's memory; 0 without one
     print(f"{'GPU':<13}{card.name}, {gpu:.1f} GiB, compute capability {capability}")
     return gpu
 
+def _what_is_missing() -> list: # as `_what_works`, of what only some lessons need
+    from sftlab.guards.torchao import is_refused
+    from sftlab.study.needs import missing
+    found = []
+    if is_refused():
+        found.append(("LoRA, lessons 07 and later", False, "pip uninstall -y torchao: "
+                      f"{_version('torchao')} is too old for PEFT, and nothing here uses it"))
+    for requirement, users in missing().items():
+        lessons = [name for name in users if name.isdigit()]
+        labs = [f"lab {name}" for name in users if not name.isdigit()]
+        what = ", ".join([f"lesson {name}" for name in lessons] + labs)
+        found.append((what, False, f"pip install '{requirement}'"))
+    return found
+
 def _what_works(versions, gpu, memory, disk) -> list: # of (what, whether it works, what it needs)
     missing = [n for n in ("torch", "transformers", "trl", "peft", "datasets") if not versions[n]]
     here = not missing
@@ -124,6 +138,7 @@ def _what_works(versions, gpu, memory, disk) -> list: # of (what, whether it wor
     four_bit = gpu >= 14 and versions["bitsandbytes"] and disk >= 10
     return [
         ("lessons, sftlab train --model tiny", here and memory >= 2, needs),
+        *(_what_is_missing() if here else []),
         ("sftlab lab", versions["jupyterlab"], "pip install 'sftlab[lab]'"),
         ("LoRA, --model small (0.6B)", here and max(gpu, memory) >= 6 and disk >= 3,
          "6 GiB of free memory, 3 GiB of disk"),

@@ -240,3 +240,153 @@ def test_a_copy_of_the_course_needs_no_network():
 def test_no_notebook_keeps_the_state_of_widgets(page):
     "It is kilobytes, and useless without the kernel that made it."
     assert "widgets" not in json.loads((ROOT / page).read_text("utf-8"))["metadata"]
+
+
+# --- what goes wrong on Colab
+
+def test_an_old_torchao_is_named_with_its_remedy(monkeypatch, tmp_path):
+    "In training, in loading an adapter, and by `sftlab doctor`. PEFT raises an ImportError."
+    import peft.import_utils
+
+    from sftlab import cli
+    from sftlab.errors import FinetuneError, ModelError
+    from sftlab.finetune import add_lora
+    from sftlab.guards.models import in_one_line
+    from sftlab.models import load
+
+    def refuse():
+        raise ImportError("Found an incompatible version of torchao. Found version 0.10.0, but "
+                          "only versions above 0.16.0 are supported")
+    model, tokenizer = load("tiny")
+    monkeypatch.setattr(peft.import_utils, "is_torchao_available", refuse)
+    with pytest.raises(FinetuneError) as in_training:
+        add_lora(model, tokenizer)
+    with pytest.raises(ModelError) as in_loading, in_one_line(tmp_path):
+        refuse()
+    for raised in (in_training, in_loading):
+        assert "pip uninstall -y torchao" in str(raised.value) and "\n" not in str(raised.value)
+    found = {what: fix for what, works, fix in cli._what_is_missing() if not works}
+    assert found["LoRA, lessons 07 and later"].startswith("pip uninstall -y torchao")
+    monkeypatch.undo()
+    assert add_lora(model, tokenizer) and cli._what_is_missing() == []
+
+
+def test_doctor_says_which_lessons_lack_what(monkeypatch):
+    from sftlab import cli
+    from sftlab.study import needs
+    assert needs.missing() == {}
+    monkeypatch.setattr(needs, "is_missing", lambda wanted: wanted.startswith(("bits", "lm-eval")))
+    found = {what: fix for what, works, fix in cli._what_is_missing() if not works}
+    four_bit = next(what for what in found if what.startswith("lesson 06, lesson 08"))
+    assert found[four_bit] == "pip install 'bitsandbytes>=0.48'"
+    assert found["lesson 15, lesson 16"].startswith("pip install 'lm-eval[api]>=")
+
+
+@pytest.mark.parametrize("requirement, lacks", [
+    ("numpy", False), ("numpy>=99", True), ("no-such-thing", True),
+    ("transformers[serving]", False)])
+def test_a_requirement_counts_with_version_and_extras(requirement, lacks):
+    from sftlab.study.needs import is_missing
+    assert is_missing(requirement) == lacks
+
+
+def test_an_extra_that_is_incomplete_is_missing(monkeypatch):
+    from sftlab.study import needs
+    versions = {"transformers": "5.20"}
+
+    def version(name):
+        if name not in versions:
+            raise needs.PackageNotFoundError(name)
+        return versions[name]
+    monkeypatch.setattr(needs, "version", version)
+    monkeypatch.setattr(needs, "requires", lambda name: ['fastapi>=0.1; extra == "serving"'])
+    assert needs.is_missing("transformers[serving]") and not needs.is_missing("transformers>=5")
+    versions["fastapi"] = "0.2"
+    assert not needs.is_missing("transformers[serving]")
+
+
+def test_results_are_found_from_any_folder(tmp_path, monkeypatch):
+    from sftlab.study.experiments import results
+    monkeypatch.chdir(tmp_path)
+    names = [path.stem for path in (ROOT / "nbs/experiments").glob("*.json")]
+    assert len(results(names[0])) > 0
+    with pytest.raises(FileNotFoundError, match="experiments/no_such.json"):
+        results("no_such")
+    (tmp_path / "experiments").mkdir()  # what is near goes first
+    shutil.copy(ROOT / f"nbs/experiments/{names[0]}.json", tmp_path / "experiments/no_such.json")
+    assert len(results("no_such")) == len(results(names[0]))
+
+
+# --- the stand-in and the lists of tests/colab
+
+@pytest.fixture
+def freeze(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests/colab")
+    import freeze
+    return freeze
+
+
+LISTS = ("a==1.0\ntorch @ https://x.org/torch-2.11.0%2Bcpu-cp313-cp313-x.whl\nPyArrow==18.1.0\n"
+         "google-colab @ file:///colabtools/dist/google_colab-1.0.0.tar.gz\n# a note\n",
+         "torch @ https://x.org/torch-2.12.0%2Bcpu-cp314-cp314-x.whl\npyarrow==18.1.0\npeft==1.0\n")
+
+
+def test_a_newer_list_says_what_changed(freeze, tmp_path, capsys):
+    paths = [tmp_path / "old.txt", tmp_path / "new.txt"]
+    for path, lines in zip(paths, LISTS):
+        path.write_text(lines)
+    old, new = map(freeze.read, paths)
+    assert old == {"a": "1.0", "torch": "2.11.0", "pyarrow": "18.1.0", "google-colab": "1.0.0"}
+    assert freeze.changes(old, new, ["peft", "pyarrow", "torch"]) == [
+        "peft: not there -> 1.0", "torch: 2.11.0 -> 2.12.0"]
+    freeze.main(paths[1], paths[0])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "4 of 3 packages differ; of those that the course meets, 3"
+    assert said[1:] == ["Python: 3.13 -> 3.14", "peft: not there -> 1.0",
+                        "torch: 2.11.0 -> 2.12.0"]
+    freeze.main(paths[0], paths[0])
+    assert capsys.readouterr().out.endswith("the course meets, 0\n")
+
+
+def test_the_kept_list_is_colabs(freeze):
+    path = ROOT / "tests/colab/freeze.txt"
+    assert "github.com/googlecolab/backend-info" in path.read_text().split("\n\n")[0]
+    kept = freeze.read(path)
+    assert len(kept) > 600 and freeze.python_version(path) in ("3.12", "3.13")
+    known = ("torch", "transformers", "peft", "datasets", "pyarrow", "ipython", "ipywidgets")
+    assert set(known) <= set(kept) and set(known) <= set(freeze.concerned())
+    assert "jupyterlab" not in freeze.concerned()
+
+
+def test_the_course_asks_for_nothing_that_colab_cannot_have(freeze):
+    "What is replaced must not be loaded when a kernel starts, or each learner has to restart."
+    kept = freeze.read(ROOT / "tests/colab/freeze.txt")
+    asked = [Requirement(r) for r in colab.settings()["requirements"].split()]
+    replaced = {r.name for r in asked if not r.specifier.contains(kept.get(r.name, "0"))}
+    assert replaced == {"trl", "datasets"}
+
+
+def test_the_stand_in_does_what_a_notebook_asks_for(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(ROOT / "tests/colab/standin")
+    from google.colab import drive, files, userdata
+    drive.mount(str(tmp_path / "drive"))
+    assert (tmp_path / "drive/MyDrive").is_dir() and "Mounted" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SFTLAB_COLAB_UPLOAD", raising=False)
+    assert files.upload() == {}
+    picked = tmp_path / "elsewhere/rows.jsonl"
+    picked.parent.mkdir()
+    picked.write_text("{}")
+    monkeypatch.setenv("SFTLAB_COLAB_UPLOAD", str(picked))
+    assert files.upload() == {"rows.jsonl": b"{}"} and (tmp_path / "rows.jsonl").exists()
+    with pytest.raises(FileNotFoundError):
+        files.download("none")
+    with pytest.raises(userdata.SecretNotFoundError):
+        userdata.get("HF_TOKEN")
+
+
+def test_what_is_run_there_is_there(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests/colab")
+    import run
+    assert all((ROOT / page).is_file() for page in run.CHOSEN) and set(run.RUN_ON) <= set(PAGES)
+    assert run.torch_of(ROOT / "tests/colab/freeze.txt").startswith("torch @ https://")

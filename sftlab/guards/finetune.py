@@ -11,6 +11,7 @@ __all__ = ['PAST_ADAPTERS', 'check_method', 'check_targets', 'check_eos', 'check
 from pathlib import Path
 
 from ..errors import FinetuneError
+from .torchao import check_torchao
 
 # %% ../../nbs/reference/guards/finetune.ipynb #53c30adf
 def check_method(
@@ -47,6 +48,7 @@ def check_targets(
     target_modules, # layers that are to get an adapter
 ):
     "Refuse an adapter on layers that a model computes past, by raising a `FinetuneError`."
+    check_torchao(model)
     kind = model.config.model_type
     if target_modules == "all-linear" and kind in PAST_ADAPTERS:
         raise FinetuneError(f"a model of type {kind} computes past adapters on some of its layers: "

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import ModelError, SftlabError
+from .torchao import REMEDY
 
 # %% ../../nbs/reference/guards/models.ipynb #c014ee1e
 def check_causal(
@@ -117,6 +118,7 @@ _PLAINER = { # what a library says -> what it means
                          "copy the tokenizer's files from the model it was made from",
     "size mismatch": _ANOTHER_BASE,
     "arget modules": _ANOTHER_BASE,
+    "version of torchao": REMEDY,
 }
 
 def _plainer(error): # one line, not too long

@@ -405,9 +405,13 @@ def results(
     name:str, # of an experiment
     folder:Path="experiments", # as seen from the lessons
 ): # a DataFrame: a row a run, columns for the point's settings, `seed` and the figures
-    "What an experiment measured."
+    "What an experiment measured, as kept next to the lessons, or else in the installed course."
     import pandas as pd
-    runs = json.loads((Path(folder) / f"{name}.json").read_text())["results"]
+    from sftlab.study.workspace import course_files
+    path = Path(folder) / f"{name}.json"
+    if not path.is_file(): # a notebook that was opened alone, as on Colab
+        path = course_files().get(f"experiments/{name}.json", path)
+    runs = json.loads(path.read_text())["results"]
     rows = [r["point"] | dict(seed=r["seed"]) | r["figures"] | dict(seconds=r["seconds"])
             for r in runs]
     return pd.DataFrame(rows)
