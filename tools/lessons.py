@@ -73,10 +73,26 @@ def lesson_map(rows:list) -> str: # Markdown
     return "\n".join(text[1:]) + "\n"
 
 
+def labs(root:Path) -> list: # of paths
+    "The labs, from small to large."
+    order = ("qlora_t4", "your_data", "bigger_card")
+    found = {path.stem: path for path in sorted(root.glob("nbs/labs/*.ipynb"))}
+    names = [name for name in order if name in found]
+    return [found[name] for name in names + [name for name in found if name not in order]]
+
+
+LABS = ("qlora_t4", "your_data", "bigger_card")
+
+
+def lab_notebooks(root:Path) -> list: # paths, in the order in which one would take them
+    found = root.glob("nbs/labs/*.ipynb")
+    return sorted(found, key=lambda path: (*(path.stem != name for name in LABS), path.stem))
+
+
 def lab_list(root:Path) -> str: # Markdown
     "What nbs/index.ipynb shows of the labs: the title of each, and the line below it."
     lines = []
-    for path in sorted(root.glob("nbs/labs/*.ipynb")):
+    for path in labs(root):
         first = "".join(json.loads(path.read_text("utf-8"))["cells"][0]["source"])
         title, says = re.match(r"# (.*)\n+> (.*)", first).groups()
         lines.append(f"- **[{title}](labs/{path.name})**: {says}")
@@ -147,7 +163,6 @@ def sidebars(root:Path) -> list: # of dicts, as Quarto wants them
     "One sidebar for what a learner reads, and one for what is inside: none holds it all."
     rows = written(root)
     exercises = [f"exercises/{row['exercise']}.ipynb" for row in rows if "exercise" in row]
-    labs = [path.relative_to(root).as_posix() for path in sorted(root.glob("nbs/labs/*.ipynb"))]
     inside = dict(section="How it is built", contents=sections(behind(root)))
     lessons = {part: [f"nbs/{row['notebook']}.ipynb" for row in some if "notebook" in row]
                for part, some in parts(table(root)).items()}
@@ -155,7 +170,7 @@ def sidebars(root:Path) -> list: # of dicts, as Quarto wants them
     found = {
         "Lessons": [dict(text="The course", href="nbs/index.ipynb"), *sections(lessons)],
         "Exercises": ["exercises/index.qmd", *exercises],
-        "Labs": labs,
+        "Labs": [path.relative_to(root).as_posix() for path in labs(root)],
         "Handbook": [name for name in HANDBOOK if (root / name).exists()],
         "Reference": ["api/index.qmd", *sections(reference(root)), inside],
     }
