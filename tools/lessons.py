@@ -81,14 +81,6 @@ def labs(root:Path) -> list: # of paths
     return [found[name] for name in names + [name for name in found if name not in order]]
 
 
-LABS = ("qlora_t4", "your_data", "bigger_card")
-
-
-def lab_notebooks(root:Path) -> list: # paths, in the order in which one would take them
-    found = root.glob("nbs/labs/*.ipynb")
-    return sorted(found, key=lambda path: (*(path.stem != name for name in LABS), path.stem))
-
-
 def lab_list(root:Path) -> str: # Markdown
     "What nbs/index.ipynb shows of the labs: the title of each, and the line below it."
     lines = []
