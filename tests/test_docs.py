@@ -280,6 +280,22 @@ def test_links_become_those_of_the_site(docs, name, target):
     assert docs.with_links(text, name) == f"[a]({LINKS[name, target]}) `[a]({target})`\n"
 
 
+@pytest.mark.parametrize("name", RENDER)
+def test_links_of_a_processed_page_lead_to_pages_or_files(docs, site, name):
+    if name.endswith(".ipynb"):
+        text = "\n".join(source for kind, source in cells(site / name) if kind == "markdown")
+    else:
+        text = (site / name).read_text("utf-8")
+    prose = "".join(docs.CODE.split(text)[::2])
+    targets = [target.partition("#")[0] for _, target in docs.LINK.findall(prose)]
+    inside = [target for target in targets if target and not re.match(r"[a-z]+:|/", target)]
+    there = [os.path.normpath(os.path.join(os.path.dirname(name), target)) for target in inside]
+    notebooks = {f"download/{page}" for page in NOTEBOOKS}
+    lost = [path for path in there if path not in RENDER and path not in notebooks
+            and (path.endswith((".ipynb", ".qmd")) or not (site / path).is_file())]
+    assert lost == []
+
+
 def test_lessons_are_found_first(docs):
     names = ["api/lora.html#inject", "nbs/reference/guards/lora.html", "nbs/reference/cli.html",
              "exercises/07_lora.html", "nbs/07_lora.html#x", "nbs/index.html", "nbs/07_lora.html"]

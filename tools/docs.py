@@ -247,7 +247,7 @@ def ways(
     if row := exercise_rows().get(name):
         lesson = f"nbs/{row['notebook']}.ipynb"
         links.append(f"[Lesson {page_title(lesson)}]({relative(lesson, name)})")
-    if module:
+    if f"api/{module}.qmd" in pages():
         links.append(f"[Reference: `sftlab.{module}`]({relative(f'api/{module}.qmd', name)})")
     links.append(f"[View source]({code_at()}{name})")
     return "::: {.page-ways}\n" + "\n".join(links) + "\n:::"
