@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['data_app', 'FormatName', 'OnError', 'FILE', 'ON_ERROR', 'PROMPT_COLUMN', 'COMPLETION_COLUMN', 'columns_of',
-           'valid_rows', 'check_command', 'convert_command', 'split_command', 'stats_command']
+           'valid_rows', 'check_command', 'convert_command', 'split_command', 'stats_command', 'audit_command']
 
 # %% ../../nbs/reference/program/data.ipynb #a7d73031
 import re
@@ -19,7 +19,7 @@ from ..audit.data import control_tokens, dataset_stats, remarks
 from ..audit.duplicates import full_text, near_duplicates
 from ..data import ACCEPTED, FORMATS, split_rows
 from ..errors import DataError
-from ..files.atomic import atomic_dir
+from ..files.atomic import atomic_dir, atomic_file
 from ..files.rows import PUT_ASIDE, in_short, iter_valid_rows, rejected_path, scan
 from ..files.writers import write_rows
 from ..models import PRESETS, find
@@ -271,3 +271,43 @@ def stats_command(
     say("repeats", f"{len(rows) - len(set(groups)):,} rows are nearly the same as another")
     if plot:
         say("saved", str(plot))
+
+# %% ../../nbs/reference/program/data.ipynb #l13b
+_SHORT = 300 # characters of a text that a terminal shows
+
+def _say_chosen(rows, chosen):
+    from sftlab.audit.quality import last_said, seen_text
+    for i, reasons in chosen:
+        print(f"row {i + 1:,}: {', '.join(reasons)}")
+        for mark, role in (("?", "user"), (">", "assistant")):
+            print(f"  {mark} {shown(seen_text(last_said(rows[i], role), _SHORT))}")
+
+@data_app.command("audit", epilog=examples(
+    "sftlab data audit chats.jsonl", "sftlab data audit chats.jsonl --output audit.html"))
+def audit_command(
+    file:FILE,
+    output:Annotated[Path | None, typer.Option(
+        metavar="FILE.html", help="Write the page, with a picture, into a new file.")]=None,
+    on_error:ON_ERROR="raise",
+    prompt_column:PROMPT_COLUMN=None,
+    completion_column:COMPLETION_COLUMN=None,
+):
+    """Say what is odd in a file, and show the ten rows most worth looking at: odd lengths and
+    languages, near-duplicates, personal data. None of it says that a row is wrong."""
+    from sftlab.audit.quality import audit_page, origins, row_signals
+    from sftlab.quality import worklist
+    columns = columns_of(prompt_column, completion_column)
+    rows = list(_counted(valid_rows(file, on_error.value, columns)))
+    signals = row_signals(rows)
+    chosen = worklist(signals)
+    if output:
+        with atomic_file(output, exist="refuse") as page:
+            page.write(audit_page(Path(file).name, rows, signals, chosen))
+    say("rows", f"{len(rows):,}")
+    for name, scores in signals.items():
+        say("odd", f"{name}: {sum(score > 0 for score in scores):,} rows")
+    named = [f"{name}: {n:,} rows" for name, n in origins(rows).items()]
+    say("origin", "; ".join(named[:_FEW]) or "no field names a licence or a source")
+    _say_chosen(rows, chosen)
+    if output:
+        say("saved", str(output))
