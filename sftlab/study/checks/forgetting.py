@@ -6,9 +6,9 @@
 __all__ = ['LESSON', 'q1', 'q2', 'q3', 'q4', 'q5', 'Near', 'Small', 'Rows', 'error', 'Pair']
 
 # %% ../../../exercises/solutions/14_forgetting.ipynb #x0000004
-import copy  # noqa: F811
+import copy
 import functools
-import math  # noqa: F811
+import math
 from dataclasses import dataclass
 
 from ..exercises import OpenQuestion, Question
