@@ -197,3 +197,24 @@ def test_the_page_for_what_is_not_found_finds_its_way_from_everywhere():
     for target in set(inside) - {f"{settings()['doc_baseurl']}/"}:
         page = ROOT / target.replace(".html", ".ipynb")
         assert page.exists() or (ROOT / target).exists() or (SITE / target).exists(), target
+
+
+def luminance(colour):
+    parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme, place", [("light", 0), ("dark", 1)])
+def test_its_colours_stand_out(scheme, place):
+    "A contrast of 4.5 or more: https://www.w3.org/TR/WCAG22/#contrast-minimum"
+    theme = (ROOT / f"tools/site/{scheme}.scss").read_text()
+    colours = dict(re.findall(r"^\$([\w-]+): (#\w{6});", theme, re.MULTILINE))
+    own = re.findall(r"--front-(\w+): (#\w{6})", (SITE / "front.css").read_text())
+    assert len(own) == 6  # three, light and dark
+    colours |= dict(own[3 * place:3 * place + 3])
+    over = [("base", "body-bg"), ("instruct", "body-bg"), ("text-muted", "card"),
+            ("link-color", "card"), ("body-bg", "link-color")]
+    for text, ground in over:
+        low, high = sorted(luminance(colours[name]) for name in (text, ground))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
