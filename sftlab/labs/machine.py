@@ -279,7 +279,7 @@ def what_to_halve(
     settings:LabPreset, # that it was made with
     method:str, # "lora" or "qlora"
     card_gib:float, # memory of the card
-) -> str: # "activations take …: give batch=2, accumulate=4"
+) -> str: # "activations: 9.7 of 24.5 GB; take batch=32, accumulate=4"
     "The setting that halves the largest term; where no setting does, what to do instead."
     sizes, room = estimate.terms, card_gib * 2**30
     largest = max(sizes, key=sizes.get)
@@ -293,7 +293,7 @@ def what_to_halve(
         do = f"r={max(1, settings.r // 2)}"
     else:
         do = 'method="qlora"' if method == "lora" else "a smaller model"
-    return f"{largest} take {sizes[largest] / 1e9:.1f} of {estimate.total / 1e9:.1f} GB: take {do}"
+    return f"{largest}: {sizes[largest] / 1e9:.1f} of {estimate.total / 1e9:.1f} GB; take {do}"
 
 def is_out_of_memory(
     error:Exception,
@@ -316,9 +316,9 @@ def memory_advice(lab:Lab):
             raise
         said = _advice(lab)
         clear_frames(e.__traceback__) # else the error would keep the tensors
-    if said: # raised here, so that it does not hold on to the first error
+    if said:
         _empty_card()
-        raise TrainingError(said)
+        raise TrainingError(said) from None
 
 def _advice(lab) -> str: # one line
     gib = lab.card.gib if lab.card else 0
@@ -327,12 +327,12 @@ def _advice(lab) -> str: # one line
     try:
         expected = lab.estimate()
     except (MemoryEstimateError, ModelError) as e:
-        return f"{found}: halve batch or max_length (no estimate: {e})"
+        return f"{found}; halve batch or max_length (no estimate: {e})"
     if lab.card and expected.total < 0.8 * gib * 2**30:
         found += (f", though this run alone takes {expected.total / 1e9:.1f} GB: something else is "
-                  "on the card; restart the session and run all. If it comes again")
+                  "on the card, so restart the session and run all. If it comes again")
     halve = what_to_halve(expected, lab.settings, lab.method, gib or 1e6)
-    return f"{found}: {halve}, in open_lab(…)"
+    return f"{found}; {halve}, in open_lab(…)"
 
 def _empty_card():
     import gc

@@ -1,0 +1,494 @@
+"""The labs on any card, without one: what is chosen, what is said when memory runs out, what is
+never shown, and a run that goes on after its kernel was killed.
+
+That each lab runs from top to bottom offline is in `test_notebooks.py`.
+"""
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import traceback
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import nbformat
+import psutil
+import pytest
+import torch
+
+from sftlab.errors import DataError, LoRAError, ModelError, OutputError, SftlabError, TrainingError
+from sftlab.finetune import add_lora, finetune
+from sftlab.guards.memory import room_on
+from sftlab.labs import machine, runs, sharing
+from sftlab.labs.machine import LAB_PRESETS, Card, estimate_run, open_lab, what_to_halve
+from sftlab.memory import count_parameters
+from sftlab.models import load
+from sftlab.tiny.world import as_messages, examples
+
+ROOT = Path(__file__).resolve().parent.parent
+LABS = sorted(ROOT.glob("nbs/labs/*.ipynb"))
+MODEL, DATA = "Qwen/Qwen3-1.7B-Base", "owner/name/folder/file.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    "Runs are kept in the folder that one is in; no test leaves anything."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SFTLAB_PRESET", raising=False)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    "A function that makes torch speak of a card that is not there."
+    def pretend(capability, gib=14.56, name="Tesla T4"):
+        said = dict(is_available=lambda: True, get_device_name=lambda *_: name,
+                    get_device_capability=lambda *_: capability,
+                    is_bf16_supported=lambda *_: True,  # as a T4 says
+                    get_device_properties=lambda *_: SimpleNamespace(total_memory=gib * 2**30))
+        for function, answer in said.items():
+            monkeypatch.setattr(torch.cuda, function, answer)
+    return pretend
+
+
+def a_lab(**options): return open_lab("test", MODEL, DATA, **options)
+
+
+# --- what is chosen
+
+@pytest.mark.parametrize("capability, dtype", [
+    ((5, 2), "float16"), ((6, 1), "float16"), ((7, 0), "float16"), ((7, 5), "float16"),
+    ((8, 0), "bfloat16"), ((8, 6), "bfloat16"), ((8, 9), "bfloat16"), ((9, 0), "bfloat16"),
+    ((10, 0), "bfloat16"), ((12, 0), "bfloat16")])
+def test_the_number_format_follows_from_the_compute_capability(card, capability, dtype):
+    card(capability)
+    lab = a_lab()
+    assert str(lab.dtype) == f"torch.{dtype}" and lab.device == "cuda"
+    assert f"{capability[0]}.{capability[1]}" in repr(lab)
+
+
+def test_without_a_card_everything_is_tiny_and_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    lab = a_lab(method="qlora")
+    assert (lab.preset, lab.model, lab.data, lab.device) == ("tiny", "tiny", None, "cpu")
+    assert lab.dtype == torch.float32
+
+
+def test_a_card_that_is_not_used_has_no_say(card):
+    card((7, 5))
+    lab = a_lab(preset="tiny")
+    assert lab.dtype == torch.float32 and lab.card is None
+
+
+@pytest.mark.parametrize("capability, gib, preset", [
+    ((7, 5), 14.56, "t4"), ((8, 9), 22.2, "gpu"), ((8, 0), 39.6, "gpu"), ((6, 1), 22.4, "t4"),
+    ((8, 6), 5.8, "small"), ((8, 6), 11.6, "t4")])
+def test_the_preset_follows_from_memory_and_capability(capability, gib, preset):
+    assert machine.choose_preset(Card("x", capability, gib)) == preset
+
+
+def test_one_word_chooses(monkeypatch, card):
+    monkeypatch.setenv("SFTLAB_PRESET", "small")
+    assert a_lab().preset == "small"
+    assert a_lab(preset="tiny").preset == "tiny"
+    monkeypatch.setenv("SFTLAB_PRESET", "t4")
+    with pytest.raises(ModelError, match="needs a CUDA card"):
+        a_lab()
+    card((7, 5))
+    assert a_lab().preset == "t4" and a_lab().model == MODEL
+
+
+@pytest.mark.parametrize("options, said", [
+    (dict(preset="huge"), "no preset 'huge': choose one of tiny"),
+    (dict(batches=2), "no setting 'batches': choose from")])
+def test_what_does_not_exist_is_one_line(options, said):
+    with pytest.raises(ModelError, match=said) as e:
+        a_lab(**options)
+    assert "\n" not in str(e.value)
+
+
+def test_nobody_asks_whether_bfloat16_is_supported():
+    for path in ROOT.glob("sftlab/labs/*.py"):
+        assert "is_bf16_supported(" not in path.read_text(), path
+
+
+# --- memory, predicted
+
+def llama(hidden, mlp, layers, heads, kv_heads, vocab=128_256, tied=True):
+    from transformers import LlamaConfig
+    return LlamaConfig(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied)
+
+
+SIZES = {"1B": llama(2048, 8192, 16, 32, 8), "3B": llama(3072, 8192, 28, 24, 8),
+         "8B": llama(4096, 14_336, 32, 32, 8, tied=False)}
+
+
+@pytest.mark.parametrize("name, billions", [("1B", 1.24), ("3B", 3.21), ("8B", 8.03)])
+def test_a_t4_has_room_for_the_preset(name, billions):
+    from transformers import AutoModelForCausalLM
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(SIZES[name])
+    assert built.num_parameters() == count_parameters(SIZES[name])
+    assert round(built.num_parameters() / 1e9, 2) == billions
+    e = estimate_run(SIZES[name], LAB_PRESETS["t4"], "qlora", torch.float16)
+    assert e.total < 14.5 * 2**30 and e.total < room_on(14.56)
+    assert e.terms["weights"] > 0.5e9 * billions  # else something was forgotten
+
+
+def test_the_named_models_fit_where_the_labs_say():
+    assert all(e.total < room_on(14.56) for e in machine.t4_estimates().values())
+    large = machine.config_of("Qwen/Qwen3-8B-Base")
+    assert 1.2 * estimate_run(large, LAB_PRESETS["gpu"], "lora", torch.bfloat16).total > 2**30 * 20
+    assert estimate_run(large, LAB_PRESETS["gpu"], "lora", torch.bfloat16).total < room_on(22)
+
+
+def test_configs_that_are_known_are_those_of_the_models():
+    "Sizes as their pages have them: 0.6, 1.7, 4.0 and 8.2 billion."
+    found = [round(count_parameters(machine.config_of(n)) / 1e9, 1) for n in machine.KNOWN]
+    assert found == [0.6, 1.7, 4.0, 8.2]
+
+
+# --- out of memory
+
+LARGE = "Qwen/Qwen3-8B-Base"
+
+
+@pytest.mark.parametrize("changes, method, gib, term, do", [
+    (dict(batch=64), "qlora", 14.56, "activations", "batch=32, accumulate=4"),
+    (dict(batch=1, max_length=32_768), "qlora", 14.56, "activations", "max_length=16384"),
+    (dict(batch=1, max_length=64, r=512), "qlora", 14.56, "optimizer", "r=256"),
+    (dict(), "lora", 14.56, "weights", 'method="qlora"'),
+    (dict(), "qlora", 8, "weights", "a smaller model")])
+def test_the_setting_of_the_largest_term_is_halved(changes, method, gib, term, do):
+    settings = replace(LAB_PRESETS["t4"], **changes)
+    e = estimate_run(machine.config_of(LARGE), settings, method, torch.float16)
+    advice = what_to_halve(e, settings, method, gib)
+    assert advice.startswith(f"{term}: ") and advice.endswith(f"; take {do}")
+    if "=" in do and "method" not in do:  # the advice, followed, makes the run smaller
+        followed = {k: int(v) for k, v in re.findall(r"(\w+)=(\d+)", do)}
+        smaller = estimate_run(machine.config_of(LARGE), replace(settings, **followed), method,
+                               torch.float16)
+        assert smaller.terms[term] < 0.6 * e.terms[term]
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 8.0 GB)")])
+def test_out_of_memory_in_any_words_becomes_one_line(card, error):
+    card((7, 5))
+    with pytest.raises(TrainingError) as e, machine.memory_advice(a_lab(batch=64)):
+        raise error
+    assert "\n" not in str(e.value) and "Tesla T4 (14.6 GiB)" in str(e.value)
+    assert str(e.value).endswith("; take batch=32, accumulate=4, in open_lab(…)")
+    assert e.value.__suppress_context__ and e.value.__cause__ is None
+
+
+@pytest.mark.parametrize("error", [ValueError("out of memory"), RuntimeError("shapes differ")])
+def test_other_errors_stay_as_they_are(error):
+    with pytest.raises(type(error), match=str(error)), machine.memory_advice(a_lab()):
+        raise error
+
+
+def test_a_run_that_would_fit_has_company(card):
+    card((7, 5))
+    with pytest.raises(TrainingError, match="something else is on the card, so restart"):
+        with machine.memory_advice(a_lab()):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_the_tensors_of_the_failed_step_are_let_go():
+    class Large:
+        pass
+    kept = []
+
+    def step():
+        large = Large()
+        kept.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(TrainingError), machine.memory_advice(a_lab()):
+        step()
+    gc.collect()
+    assert kept[0]() is None
+
+
+# --- the adapter's number format
+
+ROWS = [as_messages(e) for e in examples("train", 16)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_next_to_a_base_in_float16_the_adapter_stays_in_float32(method, tmp_path):
+    model, tokenizer = load("tiny", dtype=torch.float16, four_bit=method == "qlora")
+    trainer = finetune(model, tokenizer, ROWS, tmp_path / "out", method, epochs=0.5)
+    assert runs.trained_dtypes(trainer.model) == ["float32"]
+    assert trainer.model.get_input_embeddings().weight.dtype == torch.float16
+    from safetensors.torch import load_file
+    saved = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.float32}
+
+
+# --- rows, and an adapter that is none
+
+def test_a_file_that_the_hub_does_not_give_is_one_line():
+    with pytest.raises(DataError, match="is no file here, and the hub does not give it") as e:
+        runs.local_file("owner/name/folder/file.jsonl")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.slow
+def test_an_adapter_that_changes_nothing_is_refused(tmp_path):
+    model, tokenizer = load("tiny")
+    add_lora(model, tokenizer).save_pretrained(tmp_path / "untrained")  # B is zero
+    tokenizer.save_pretrained(tmp_path / "untrained")
+    with pytest.raises(LoRAError, match="changes no logit"):
+        runs.check_reloaded(tmp_path / "untrained", ROWS[:1], None, a_lab(method="lora"))
+
+
+def test_another_setting_is_another_run():
+    folders = [runs.run_folder(a_lab(**options), rows, ROWS[:1]) for options, rows in (
+        (dict(), ROWS), (dict(), ROWS), (dict(r=4), ROWS), (dict(), ROWS[1:]))]
+    assert folders[0] == folders[1] and len(set(folders)) == 3
+    assert all(folder.parent == Path("runs").resolve() for folder in folders)
+
+
+# --- Colab: Drive, upload
+
+@pytest.fixture
+def colab(monkeypatch):
+    "A function that puts a `google.colab` in place, which does as it is told."
+    def pretend(mount=None, upload=None):
+        colab = ModuleType("google.colab")
+        colab.drive, colab.files = SimpleNamespace(mount=mount), SimpleNamespace(upload=upload)
+        monkeypatch.setitem(sys.modules, "google", ModuleType("google"))
+        monkeypatch.setitem(sys.modules, "google.colab", colab)
+        sys.modules["google"].colab = colab
+    return pretend
+
+
+def test_runs_are_kept_on_drive_where_it_is_mounted(colab, monkeypatch, tmp_path, capsys):
+    drive = tmp_path / "drive/MyDrive"
+    monkeypatch.setattr(machine, "DRIVE", drive)
+    colab(mount=lambda place: Path(place, "MyDrive").mkdir(parents=True))
+    assert machine.mount_drive() == drive / "sftlab"
+    assert runs.run_folder(a_lab(), ROWS, ROWS).parent == drive / "sftlab"
+
+
+def test_a_refused_drive_is_one_line_and_the_lab_goes_on(colab, monkeypatch, tmp_path, capsys):
+    def refuse(place): raise ValueError("mount failed")
+    monkeypatch.setattr(machine, "DRIVE", tmp_path / "none/MyDrive")
+    colab(mount=refuse)
+    assert machine.mount_drive() == Path("runs").resolve()
+    assert capsys.readouterr().out.startswith("Drive is not mounted (ValueError): a run is lost")
+
+
+@pytest.mark.parametrize("sent, said", [
+    ({}, "no file was chosen: run the cell again"),
+    ({"a.jsonl": b"", "b.jsonl": b""}, "2 files were chosen: run the cell again")])
+def test_an_upload_that_is_none_is_one_line(colab, sent, said):
+    colab(upload=lambda: sent)
+    with pytest.raises(DataError, match=said) as e:
+        sharing.get_file()
+    assert "\n" not in str(e.value)
+
+
+def test_an_upload_is_taken(colab):
+    colab(upload=lambda: {"mine.jsonl": b"{}"})
+    assert sharing.get_file() == "mine.jsonl"
+
+
+def test_a_file_without_any_good_row_is_refused_in_one_line(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
+    with pytest.raises(DataError, match="none of its rows can be used; line 1: ") as e:
+        sharing.look_at("bad.jsonl")
+    assert "\n" not in str(e.value)
+
+
+def test_an_error_that_a_person_can_fix_is_shown_as_one_line(monkeypatch, capsys):
+    from IPython.core.interactiveshell import InteractiveShell
+    shell = InteractiveShell()
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    machine.one_line_errors()
+    shell.user_ns["fail"] = lambda: sharing.get_file("missing.jsonl")
+    done = shell.run_cell("fail()")
+    assert isinstance(done.error_in_exec, SftlabError)
+    assert capsys.readouterr().out.strip().splitlines() == [
+        "DataError: there is no file missing.jsonl: give its path, or leave the name empty to "
+        "upload one on Colab"]
+    shell.run_cell("1 / 0")
+    assert "Traceback" in capsys.readouterr().out
+
+
+# --- the hub: only on a yes, and no token anywhere
+
+TOKEN = "hf_" + "PlantedTokenOfATest"
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    config = dict(base_model_name_or_path=MODEL, peft_type="LORA")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+class Hub:
+    "Stands for `HfApi`: notes what is sent, or fails as it is told."
+    sent, fails, taken = [], None, False
+
+    def __init__(self, token): self.token = token
+
+    def create_repo(self, repo, **options):
+        if Hub.fails:
+            raise Hub.fails
+        Hub.sent.append(("create", repo, options))
+        return f"https://huggingface.co/{repo}"
+
+    def file_exists(self, repo, file): return Hub.taken
+    def upload_file(self, **options): Hub.sent.append(("file", options))
+    def upload_folder(self, **options): Hub.sent.append(("folder", options))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    import huggingface_hub
+    Hub.sent, Hub.fails, Hub.taken = [], None, False
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return Hub
+
+
+@pytest.mark.parametrize("answer", ["no", "", "y", "Yes!", "YES", True, None, 1])
+def test_nothing_is_sent_without_an_explicit_yes(hub, adapter, answer):
+    assert sharing.push_adapter(adapter, "me/x", answer) is None and hub.sent == []
+    assert sharing.push_adapter(adapter, "me/x") is None and hub.sent == []
+
+
+def test_on_a_yes_the_adapter_goes_to_a_private_repository(hub, adapter, capsys):
+    assert sharing.push_adapter(adapter, "me/x", "yes") == "https://huggingface.co/me/x"
+    (_, repo, options), (_, card), (_, folder) = hub.sent
+    assert repo == "me/x" and options["private"] is True
+    assert MODEL in card["path_or_fileobj"].decode() and folder["folder_path"] == str(adapter)
+    assert "run.json" not in folder["allow_patterns"] and TOKEN not in capsys.readouterr().out
+
+
+def test_an_adapter_that_is_there_is_not_written_over(hub, adapter):
+    hub.taken = True
+    with pytest.raises(OutputError, match="holds an adapter already"):
+        sharing.push_adapter(adapter, "me/x", "yes")
+    assert [kind for kind, *_ in hub.sent] == ["create"]
+
+
+def test_an_adapter_of_a_base_that_nobody_has_is_refused(hub, adapter, tmp_path):
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(dict(base_model_name_or_path=str(tmp_path))))
+    with pytest.raises(OutputError, match="a folder of this machine, which nobody else has"):
+        sharing.push_adapter(adapter, "me/x", "yes")
+    assert hub.sent == []
+
+
+def test_without_a_token_it_says_where_one_goes(hub, adapter, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(OutputError, match="add the secret HF_TOKEN"):
+        sharing.push_adapter(adapter, "me/x", "yes")
+
+
+@pytest.mark.parametrize("text", [
+    f"401 Client Error. Invalid token {TOKEN}", f"url: https://me:{TOKEN}@huggingface.co/api",
+    f"headers={{'authorization': 'Bearer {TOKEN}'}}", "hf_AnotherTokenThatNobodyPlanted is wrong"])
+def test_no_token_is_shown_whatever_the_hub_says(hub, adapter, text, capsys):
+    hub.fails = RuntimeError(text)
+    with pytest.raises(OutputError, match="me/x was not published: ") as e:
+        sharing.push_adapter(adapter, "me/x", "yes")
+    shown = "".join(traceback.format_exception(e.value)) + "".join(capsys.readouterr())
+    assert TOKEN not in shown and "AnotherToken" not in shown and "***" in str(e.value)
+    assert e.value.__context__ is None and "\n" not in str(e.value)
+
+
+# --- the notebooks
+
+def code_of(path):
+    cells = nbformat.read(path, 4).cells
+    return [cell.source for cell in cells if cell.cell_type == "code"]
+
+
+def test_there_are_three(): assert len(LABS) == 3
+
+
+@pytest.mark.parametrize("path", LABS, ids=lambda path: path.stem)
+def test_a_lab_is_short(path):
+    assert len(nbformat.read(path, 4).cells) <= 25
+    assert all(len(source.splitlines()) <= 25 for source in code_of(path))
+
+
+@pytest.mark.parametrize("path", LABS, ids=lambda path: path.stem)
+def test_model_and_data_are_named_in_one_cell(path):
+    cells = [s for s in code_of(path) if re.search(r"^lab = open_lab\(", s, re.MULTILINE)]
+    assert len(cells) == 1 and re.search(r"\bmodel=", cells[0]) and re.search(r"\bdata=", cells[0])
+
+
+@pytest.mark.parametrize("path", LABS, ids=lambda path: path.stem)
+def test_no_output_holds_a_place_of_a_machine(path):
+    outputs = [cell.outputs for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    assert not re.search(r"(?<![\w.:/])/(home|root|work|tmp|Users)/", json.dumps(outputs))
+
+
+def start(notebook):
+    "Run a notebook in a process of its own, offline."
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests/offline"), "OMP_NUM_THREADS": "1",
+                        "SFTLAB_OFFLINE_LOG": str(notebook.with_name("refused"))}
+    command = [sys.executable, "-c", "from nbclient.cli import main; main()", str(notebook)]
+    return subprocess.Popen(command, cwd=notebook.parent, env=env, text=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def short(tmp_path):
+    "The first lab up to its training, with fewer rows."
+    book = nbformat.read(ROOT / "nbs/labs/qlora_t4.ipynb", 4)
+    trains = next(i for i, cell in enumerate(book.cells) if "run = train(" in cell.source)
+    book.cells = book.cells[:trains + 1]
+    for cell in book.cells:
+        cell.source = cell.source.replace('method="qlora")',
+                                          'method="qlora", rows=90, questions=5)')
+    nbformat.write(book, tmp_path / "lab.ipynb")
+    return tmp_path / "lab.ipynb"
+
+
+def kill_at_a_checkpoint(run, folder, seconds):
+    "Kill a notebook, its kernel too, as soon as a checkpoint is whole; return its step."
+    until, whole = time.monotonic() + seconds, []
+    while time.monotonic() < until and run.poll() is None and not whole:
+        time.sleep(0.05)
+        whole = list(folder.glob("runs/*/checkpoints/checkpoint-*/complete"))
+    for process in [run, *psutil.Process(run.pid).children(recursive=True)]:
+        process.kill()
+    assert whole, f"no checkpoint within {seconds} s: {run.communicate()[1][-2000:]}"
+    run.communicate()
+    return max(int(path.parent.name.split("-")[1]) for path in whole)
+
+
+@pytest.mark.slow
+def test_a_killed_lab_goes_on_where_it_was(tmp_path):
+    notebook = short(tmp_path)
+    step = kill_at_a_checkpoint(start(notebook), tmp_path, 600)
+    again = start(notebook)
+    _, said = again.communicate(timeout=900)
+    assert again.returncode == 0, said[-2000:]
+    [facts] = [json.loads(p.read_text()) for p in tmp_path.glob("runs/*/adapter/run.json")]
+    assert facts["first_step"] >= step >= 10  # what was done is not repeated
+    assert facts["steps"] == facts["steps_planned"] > step
+    steps = [entry["step"] for entry in facts["history"] if "loss" in entry]
+    assert len(steps) == len(set(steps))
+    assert not list(tmp_path.glob("runs/*/checkpoints"))
+    assert not (tmp_path / "refused").exists()  # the network was not asked for
