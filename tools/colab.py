@@ -19,7 +19,7 @@ from sftlab.study.needs import NEEDS
 ROOT = Path(__file__).resolve().parent.parent
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 MARK = "colab-"  # how the ids of our cells begin
-CARDS = {"qlora_t4": "T4", "your_data": "T4", "bigger_card": "A100"}  # what Colab opens a lab with
+CARDS = {"qlora_t4": "T4", "your_data": "T4", "bigger_card": "L4"}  # what Colab opens a lab with
 
 # It installs once a session: a restarted notebook, run from its top, passes over it. datasets<5: a
 # newer one would replace huggingface_hub too. No -q: it would hide Colab's button to restart.

@@ -22,6 +22,7 @@ import nbformat
 from freeze import HERE, ROOT, concerned, main as compare, python_version, read
 from nbclient import NotebookClient
 from nbclient.exceptions import CellControlSignal, DeadKernelError
+from packaging.utils import canonicalize_name
 
 sys.path[:0] = [str(ROOT / "tools")]
 from colab import settings  # noqa: E402
@@ -126,13 +127,21 @@ def run(client, cells, first):
     return time.perf_counter() - began
 
 
-def imported(client) -> set: # of top-level names
-    "What the kernel has imported so far."
-    cell = nbformat.v4.new_code_cell("import sys; print(*{n.split('.')[0] for n in sys.modules})")
+LOADED = """
+import sys
+from importlib.metadata import packages_distributions
+owners = packages_distributions()
+print(*{name for module in [*sys.modules] for name in owners.get(module, [])})
+"""
+
+
+def loaded(client) -> set: # of names
+    "The packages that the kernel has imported so far."
+    cell = nbformat.v4.new_code_cell(LOADED)
     client.nb.cells.append(cell)
     client.execute_cell(cell, len(client.nb.cells) - 1)
     client.nb.cells.pop()
-    return set(cell.outputs[0].text.split())
+    return set(map(canonicalize_name, said(cell).split()))
 
 
 def said(cell) -> str:
@@ -150,11 +159,11 @@ def try_notebook(page, env) -> dict: # seconds, and what Colab would offer to re
         client = NotebookClient(book, timeout=1200, kernel_name=KERNEL,
                                 resources={"metadata": {"path": content}})
         with client.setup_kernel(env=env):
-            before = imported(client)
+            before = loaded(client)
             install = run(client, book.cells[:place + 1], 0)
             assert "Installed" in said(book.cells[place]), said(book.cells[place])[-2000:]
-            changed = {line.partition("==")[0] for line in set(bare) - set(installed())}
-            stale = sorted(before & {name.replace("-", "_") for name in changed})
+            gone = {line.partition("==")[0] for line in set(bare) - set(installed())}
+            stale = sorted(before & set(map(canonicalize_name, gone)))
             found = dict(install=install, restart=stale)
             if page in RUN_ON and not stale:
                 return found | dict(rest=run(client, book.cells[place + 1:], place + 1))
