@@ -495,15 +495,17 @@ def test_much_output_is_cut_off(clean):
 
 
 @pytest.mark.slow
-def test_all_of_humaneval(real_data, clean, record_property):
-    rows = [json.loads(line) for line in gzip.open(real_data / "HumanEval.jsonl.gz", "rt")]
+@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.thorough)])
+def test_humaneval(step, real_data, clean, record_property):
+    "Every fourth task, or each: its solution passes, and doing nothing does not."
+    rows = [json.loads(line) for line in gzip.open(real_data / "HumanEval.jsonl.gz", "rt")][::step]
     began = time.perf_counter()
     for body, right in (("canonical_solution", True), (None, False)):
         items = [(row["prompt"] + (row[body] if body else "    pass\n"), row["test"],
                   row["entry_point"]) for row in rows]
         found = check_many(items, seconds=20)
         wrong = {r["task_id"]: e for r, e in zip(rows, found) if bool(e) is not right}
-        assert len(found) == 164 and wrong == {}
+        assert len(found) == 164 // step and wrong == {}
     record_property("seconds", time.perf_counter() - began)
 
 
