@@ -70,7 +70,8 @@ def site(tmp_path):
         up = "../" * name.count("/")
         write(tmp_path / name, PAGE.format(title=title, up=up, words=f"About {title}."))
     write(tmp_path / "mark.png", PIXEL)
-    write(tmp_path / "download/a.ipynb", "{}")
+    for name in ("download/a.ipynb", "nbs/01_a.ipynb"):  # Quarto copies sources that it leaves out
+        write(tmp_path / name, "{}")
     for dark, colors, ink in (("", COLORS, "#004085"), ("dark-", DARK, "#8ddb8c")):
         write(tmp_path / f"site_libs/bootstrap/bootstrap-{dark}1.min.css", sheet(colors))
         write(tmp_path / f"site_libs/quarto-html/quarto-syntax-highlighting-{dark}2.css",
@@ -89,6 +90,7 @@ DARK_CSS = "site_libs/bootstrap/bootstrap-dark-1.min.css"
 FAULTS = {  # what is wrong: file, what is put in place of what, words of the fault
     "a link to no page": (A, 'href="../nbs/01_a.html#top"', 'href="02_b.html"', "02_b.html leads"),
     "a notebook that is no page": (A, 'href="#top"', 'href="02_b.ipynb"', "02_b.ipynb leads"),
+    "the source of a page": (A, 'href="#top"', 'href="01_a.ipynb"', "the source of a page"),
     "a link to no place": (A, "01_a.html#top", "01_a.html#none", "not in the page"),
     "no place in the same page": (A, 'href="#top"', 'href="#none"', "#none leads to a place"),
     "a lost download": (A, "download/a.ipynb", "download/b.ipynb", "leads nowhere"),

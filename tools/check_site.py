@@ -129,6 +129,9 @@ def dead_links(site:Path, pages:dict) -> list: # of faults
             if not file.is_file():
                 found.append(f"{name}: the link {link} leads nowhere")
                 continue
+            if file.suffix in (".ipynb", ".qmd") and "download/" not in link:
+                found.append(f"{name}: the link {link} leads to the source of a page")
+                continue
             there = pages.get(file.relative_to(site.resolve()).as_posix()) if path else page
             if anchor and there and anchor not in there.ids:
                 found.append(f"{name}: the link {link} leads to a place that is not in the page")
