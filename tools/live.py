@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import http.server
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -203,6 +204,8 @@ def measure(
     sys.path.insert(0, str(ROOT / "tests"))
     from lab import QUIET, find_browser
     folder = site()
+    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores: "
+          "with more than 0.5, what follows is slower than it is")
     print(f"page: {packed(folder / name for name in page_files()):,} bytes packed, "
           f"data {packed((folder / 'data').iterdir()):,}")
     with server(folder) as address, sync_playwright() as playwright:
