@@ -106,14 +106,15 @@ def plot_two_ways(
 ): # a matplotlib figure
     "A panel for each way: losses over the epochs, the mean over seeds and its interval."
     ways = list(dict.fromkeys(runs.way))
-    fig, axes = figure(6.8, 3.0, ncols=len(ways), sharey=True, squeeze=False)
+    fig, axes = figure(6.8, 3.0, ncols=len(ways), squeeze=False)
     for ax, way in zip(axes[0], ways):
         table = runs[runs.way == way]
         for (column, name), color, dash, marker in zip(curves.items(), PALETTE.values(), DASHES,
                                                        MARKERS):
             plot_means(ax, table, "epoch", column, name, marker=marker, markersize=3,
                        color=color, linestyle=dash)
-        ax.set(title=way, xlabel="epoch", ylabel="")
+        ax.set(title=way, xlabel="epochs", ylabel="")
+        ax.set_ylim(bottom=0)
     axes[0][0].set(ylabel="nats a token")
     handles, names = axes[0][0].get_legend_handles_labels()
     fig.legend(handles, names, loc="outside lower center", ncols=len(curves))
