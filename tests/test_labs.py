@@ -249,10 +249,11 @@ def test_a_file_that_the_hub_does_not_give_is_one_line():
 @pytest.mark.slow
 def test_an_adapter_that_changes_nothing_is_refused(tmp_path):
     model, tokenizer = load("tiny")
-    add_lora(model, tokenizer).save_pretrained(tmp_path / "untrained")  # B is zero
-    tokenizer.save_pretrained(tmp_path / "untrained")
+    model = add_lora(model, tokenizer)
+    model.save_pretrained(tmp_path / "adapter")  # B is zero
+    model.generation_config.save_pretrained(tmp_path / "adapter")
     with pytest.raises(LoRAError, match="changes no logit"):
-        runs.check_reloaded(tmp_path / "untrained", ROWS[:1], None, a_lab(method="lora"))
+        runs.check_reloaded(a_lab(), runs.LabRun(tmp_path, model, tokenizer, {}), ROWS[:1], None)
 
 
 def test_another_setting_is_another_run():

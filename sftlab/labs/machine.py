@@ -149,9 +149,10 @@ class Lab:
     def dtype(self): return pick_dtype(self.device) # by the compute capability
 
     def load(self): # the base model and its tokenizer
-        "Load the base; raises a `ModelError` where that cannot be."
-        return load(self.model, device=self.device, dtype=self.dtype,
-                    four_bit=self.method == "qlora")
+        "Load the base; a `ModelError` where that cannot be, a `TrainingError` without room."
+        with memory_advice(self):
+            return load(self.model, device=self.device, dtype=self.dtype,
+                        four_bit=self.method == "qlora")
 
     def estimate(self, **changes): # an `Estimate`
         "The memory of the training, predicted; a `MemoryEstimateError` where there is no formula."

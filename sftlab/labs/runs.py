@@ -100,8 +100,9 @@ def scores_table(
         task = found.of("held out")
         ended = sum(row["reason"] == "stop" for row in task) / len(task)
         rows[when] = found.table.loc["held out"].to_dict() | dict(stopped=ended)
-    return pd.DataFrame(rows).T.rename(columns={"mean": "right"})[
-        ["right", "low", "high", "stopped", "n"]].round(3) + 0 # -0 becomes 0
+    table = pd.DataFrame(rows).T.rename(columns={"mean": "right"})
+    table = table[["right", "low", "high", "stopped", "n"]].round(3) + 0 # -0 becomes 0
+    return table.astype({"n": int})
 
 def show_answers(
     answers:dict, # as in `scores_table`
@@ -284,37 +285,42 @@ def _predicted(lab, longest): # bytes, for rows as long as there are; None: no f
     except SftlabError:
         return None
 
-def _finished(folder, model):
+def _applied(base, adapter): # the base with the adapter of that folder
     from peft import PeftModel
-    from transformers import AutoTokenizer, GenerationConfig
+    from sftlab.guards.models import check_adapter
+    from transformers import GenerationConfig
+    model = PeftModel.from_pretrained(base, adapter)
+    check_adapter(model.load_adapter(adapter, "default"), adapter, base.name_or_path)
+    model.generation_config = GenerationConfig.from_pretrained(adapter) # where an answer ends
+    return model.eval()
+
+def _finished(folder, base):
+    from transformers import AutoTokenizer
     adapter = folder / "adapter"
-    model = PeftModel.from_pretrained(model, adapter).eval()
-    model.generation_config = GenerationConfig.from_pretrained(adapter)
     facts = json.loads((adapter / "run.json").read_text("utf-8"))
-    return LabRun(folder, model, AutoTokenizer.from_pretrained(adapter), facts)
+    return LabRun(folder, _applied(base, adapter), AutoTokenizer.from_pretrained(adapter), facts)
 
 # %% ../../nbs/reference/labs/runs.ipynb #lr15
 def check_reloaded(
-    adapter, # its folder
-    rows:list, # held out; the first few are answered
-    answers, # the `Evaluation` of the trained model on them
     lab:Lab,
+    run:LabRun, # gets the model with the adapter from the folder
+    rows:list, # held out, to be answered
+    answers, # the `Evaluation` of the trained model on them, and perhaps more after them
 ) -> dict: # figures
-    """Load an adapter from its folder and see that it is applied: how far it moves a logit, how
-    many answers are those of the trained model. A `LoRAError` where it changes nothing."""
+    """Take the adapter off, load it from its folder, and see that it is applied: how far it moves
+    a logit, how many answers are as before. A `LoRAError` where it changes nothing."""
     import torch
-    from sftlab.models import load
     from sftlab.rendering import prompt_ids
-    model, tokenizer = load(str(adapter), device=lab.device, dtype=lab.dtype,
-                            four_bit=lab.method == "qlora")
-    ids = torch.tensor([prompt_ids(tokenizer, _question(rows[0])["messages"])], device=model.device)
+    model = run.model = _applied(run.model.unload(), run.adapter) # one base in memory, not two
+    messages = _question(rows[0])["messages"]
+    ids = torch.tensor([prompt_ids(run.tokenizer, messages)], device=model.device)
     with torch.no_grad():
         logits = model(input_ids=ids).logits
         with model.disable_adapter():
             change = (logits - model(input_ids=ids).logits).abs().max().item()
     if not change:
-        raise LoRAError(f"{adapter} changes no logit: the answers would be those of the base")
-    again = ask(lab, model, tokenizer, rows, keep=False)
+        raise LoRAError(f"{run.adapter} changes no logit: the answers would be those of the base")
+    again = ask(lab, model, run.tokenizer, rows, keep=False)
     pairs = zip(again.of("held out"), answers.of("held out"))
     same = sum(a["output"] == b["output"] for a, b in pairs)
     return dict(largest_change=round(change, 3), same_answers=same, questions=len(rows))
