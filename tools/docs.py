@@ -238,8 +238,9 @@ def ways(
     module:str, # that it exports, or ""
 ) -> str: # Markdown, one line
     "What a reader may do with the page: open, download, do its exercises, look things up."
-    links = [f"[Open in Colab]({colab.colab_url(name)})",
-             f'<a href="{relative("download/" + name, name)}" download>Download</a>']
+    links = [f'<a href="{relative("download/" + name, name)}" download>Download</a>']
+    if name in colab.course_notebooks().values():  # what can install the course there
+        links.insert(0, f"[Open in Colab]({colab.colab_url(name)})")
     if row := lesson_rows().get(name):
         if "exercise" in row:
             page = f"exercises/{row['exercise']}.ipynb"
