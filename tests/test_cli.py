@@ -384,7 +384,7 @@ def test_help_has_examples():
     for command in ("train", "chat", "eval", "merge", "memory", "lab", "progress"):
         status, out, _ = call(command, "--help")
         assert status == 0 and f"\n    sftlab {command}" in out
-    for command in ("check", "convert", "split", "stats"):
+    for command in ("check", "convert", "split", "stats", "audit"):
         status, out, _ = call("data", command, "--help")
         assert status == 0 and f"\n    sftlab data {command}" in out
     assert call() == (2, help, "")
@@ -394,7 +394,7 @@ def test_commands_have_their_names_and_their_functions_others():
     "In a module, `train` is what a lesson teaches."
     registered = [*cli.app.registered_commands, *data_app.registered_commands]
     commands = {command.name: command.callback for command in registered}
-    assert set(commands) == {*COMMANDS, "check", "convert", "split", "stats"} - {"data"}
+    assert set(commands) == {*COMMANDS, "check", "convert", "split", "stats", "audit"} - {"data"}
     assert all(function.__name__ == f"{name}_command" for name, function in commands.items())
 
 
