@@ -299,9 +299,11 @@ def test_links_of_a_processed_page_lead_to_pages_or_files(docs, site, name):
 def test_lessons_are_found_first(docs):
     names = ["api/lora.html#inject", "nbs/reference/guards/lora.html", "nbs/reference/cli.html",
              "exercises/07_lora.html", "nbs/07_lora.html#x", "nbs/index.html", "nbs/07_lora.html"]
-    made = docs.searchable([dict(href=name, title="LoRA", text="words") for name in names])
+    made = docs.searchable([dict(href=name, title="LoRA", section="Use", text="words")
+                            for name in names])
     assert [entry["href"] for entry in made] == [names[i] for i in (4, 6, 3, 5, 2, 0, 1)]
     assert [len(entry["title"].split()) > 1 for entry in made] == [False] * 5 + [True] * 2
+    assert [entry["section"] for entry in made] == ["Use"] * 2 + ["Use, in LoRA"] * 5
     assert [entry["text"] for entry in made] == ["words"] * 5 + ["", "words"]
 
 

@@ -378,14 +378,16 @@ def search_rank(
 def searchable(
     entries:list, # of search.json
 ) -> list: # the same, in the order in which equal finds are shown
-    """Words lead to lessons first. Of the reference, names are searched and not their tables; and
-    since a find counts more in a short title, what is inside the package gets a longer one."""
+    """Words lead to lessons first. A find counts more in a short heading, so those of other pages
+    get longer ones; and of the reference, names are searched and not their tables."""
     for entry in entries:
+        rank = search_rank(entry)
+        if rank and entry.get("section"):
+            entry["section"] += f", in {entry['title']}"
+        if rank > 4:
+            entry["title"] += ", a page on how the course is built"
         if entry["href"].startswith("api/"):
             entry["text"] = ""
-            entry["title"] += ", a page of the reference"
-        elif search_rank(entry) > 4:
-            entry["title"] += ", a page on how the course is built"
     return sorted(entries, key=search_rank)
 
 
