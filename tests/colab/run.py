@@ -23,6 +23,7 @@ from freeze import HERE, ROOT, concerned, main as compare, python_version, read
 from nbclient import NotebookClient
 from nbclient.exceptions import CellControlSignal, DeadKernelError
 from packaging.utils import canonicalize_name
+from tqdm import tqdm
 
 sys.path[:0] = [str(ROOT / "tools")]
 from colab import settings  # noqa: E402
@@ -121,7 +122,7 @@ def repository(folder) -> dict: # variables that lead git there
 def run(client, cells, first):
     "Run some cells in a kernel; return the seconds they took."
     began = time.perf_counter()
-    for i, cell in enumerate(cells, first):
+    for i, cell in enumerate(tqdm(cells, unit="cell", mininterval=2), first):
         if cell.cell_type == "code":
             client.execute_cell(cell, i)
     return time.perf_counter() - began
