@@ -45,7 +45,6 @@ def _label_ends(ax, ends): # on the right, one label for ends that are nearly le
         height = min(level, lowest - room / 2)
         lowest = height - room / 2
         ax.annotate("\n".join(names), (102, level), (109, height), va="center", fontsize=9,
-                    annotation_clip=False,
                     arrowprops=dict(arrowstyle="-", color=TEXT, linewidth=0.6))
 
 def plot_plane(
@@ -66,8 +65,8 @@ def plot_plane(
     _label_ends(ax, ends)
     ax.plot(*start, "o", color=PALETTE["grey"], markersize=9)
     ax.annotate("start", start, (0, 10), textcoords="offset points", ha="center", fontsize=9)
-    ax.set(xlabel="the new kind, %", ylabel="the old kinds, %", xlim=(-4, 104), ylim=(-6, 104))
-    ax.set_box_aspect(0.72)
+    ax.set(xlabel="the new kind, %", ylabel="the old kinds, %", xlim=(-4, 142), ylim=(-6, 104))
+    ax.set_xticks(range(0, 101, 20)) # to the right of them are the labels
     return fig
 
 # %% ../../nbs/reference/figures/forgetting.ipynb #ff8a
@@ -83,7 +82,8 @@ def plot_settings(
     fig, ax = figure(6.8, 0.7 + 0.32 * len(order))
     for y, method in enumerate(order):
         found = means[means.method == method]
-        ax.plot([found.old.min(), found.old.max()], [y, y], color=PALETTE["grey"], linewidth=1)
+        ax.plot([found.old.min(), found.old.max()], [y, y], color=PALETTE["grey"], linewidth=1,
+                linestyle="-")
         for good, face in ((True, PALETTE["blue"]), (False, "none")):
             some = found[(found.new >= learned) == good]
             ax.plot(some.old, [y] * len(some), "o", color=PALETTE["blue"], markerfacecolor=face)
