@@ -23,6 +23,8 @@ LESSONS = yaml.safe_load((ROOT / "tools/lessons.yml").read_text("utf-8"))
 BUDGET = {f"nbs/{row['notebook']}.ipynb": row["seconds"] for row in LESSONS if "notebook" in row}
 LONGER = ("audit/memory", "tiny/pretraining", "cli", "using")
 BUDGET |= {f"nbs/reference/{name}.ipynb": 40 for name in LONGER}
+LABS = ("qlora_t4", "your_data", "bigger_card")
+BUDGET |= {f"nbs/labs/{name}.ipynb": 80 for name in LABS} | {"nbs/reference/labs/runs.ipynb": 60}
 FACTOR = float(os.environ.get("SFTLAB_TIME_FACTOR", 1))  # 2 on a machine shared with others
 FACTOR *= int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # two at a time have a core each
 
