@@ -103,7 +103,7 @@ def valleys(
     loss = (flat * a**2 + steep * b**2) / 2
     levels = [flat * x**2 / 2 for x in (0.5, 1, 1.5, 2)]
     ax.contour(a, b, loss, levels, colors=PALETTE["grey"], linewidths=1)
-    turn = np.linspace(0, 2 * np.pi, 200)
+    turn = np.linspace(0, 2 * np.pi, 201)
     mean = (steep * flat)**0.5
     for name, (right, up), color, dash in (
             ("L2 allows", (1, 1), "orange", "--"),
