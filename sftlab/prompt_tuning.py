@@ -71,6 +71,7 @@ def is_first(cache) -> bool:
     "Whether nothing has been read yet; later steps of generation find the prompt in the cache."
     return cache is None or not cache.get_seq_length()
 
+# %% ../nbs/11_peft_zoo.ipynb #z51
 class SoftPrompt(nn.Module):
     "A decoder that reads n trained vectors before every row (Lester et al. 2021)."
     def __init__(self,
