@@ -136,12 +136,15 @@ def precision_recall(
     bad:list, # whether the row is really bad
     k:int, # rows that somebody looks at
 ) -> tuple: # of those the share that are bad; of the bad ones the share that are among those
-    """What a person finds who looks at the `k` highest scores (of equal ones, the first).
+    """What a person finds who looks at the `k` highest scores; equal scores come in any order,
+    so of those at the edge the average counts.
 
     Raises a `DataError` where there is nothing to find, or scores are missing."""
     check_found(scores, bad, k)
-    order = sorted(range(len(scores)), key=lambda i: -scores[i])
-    hits = sum(bool(bad[i]) for i in order[:k])
+    edge = sorted(scores, reverse=True)[k - 1]
+    above = [bool(b) for score, b in zip(scores, bad) if score > edge]
+    level = [bool(b) for score, b in zip(scores, bad) if score == edge]
+    hits = sum(above) + (k - len(above)) * sum(level) / len(level)
     return hits / k, hits / sum(map(bool, bad))
 
 # %% ../nbs/13_data_quality.ipynb #q8
