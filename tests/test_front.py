@@ -43,7 +43,7 @@ def part(heading, text):
 
 ORDER = ["# sftlab\n", "\n> Supervised", 'class="front-live"', 'class="front-buttons"',
          "## Before and after", "## What makes it different", "## Lessons",
-         "## Labs, exercises, paths", "## Install", "## When something fails", "## More"]
+         "## Labs, exercises, paths", "## Install", "## More"]
 
 
 @pytest.mark.parametrize("text", [front_page(), (ROOT / "README.md").read_text("utf-8")],
@@ -76,11 +76,12 @@ def test_the_still_picture_is_described_and_leads_to_the_live_page():
     assert f"({size})" in text  # tests/test_live.py weighs them
 
 
-def test_three_buttons():
+def test_the_buttons():
     text, ini = front_page(), settings()
     buttons = re.search(r'<div class="front-buttons">(.*?)</div>', text, re.DOTALL)[1]
     lesson = "01_base_vs_instruct.ipynb"
     assert re.findall(r"\*\*\[(.*?)\]\((.*?)\)\*\*", buttons) == [
+        ("Try it here (5.6 MB)", f"{ini['doc_host']}{ini['doc_baseurl']}/nbs/live/index.html"),
         ("Start lesson 1", lesson),
         ("Open in Colab", "https://colab.research.google.com/github/"
          f"{ini['user']}/{ini['repo']}/blob/{ini['branch']}/nbs/{lesson}"),
