@@ -252,5 +252,6 @@ def test_lessons_import_only_what_comes_before():
 def test_a_room_imports_from_those_below_and_lessons(room, may):
     for path in ROOT.glob(f"sftlab/{room}/[!_]*.py"):
         for name in imports(path, late=True) - LESSON_MODULES:
-            below = name.split(".")[1] in (*may, "models", "rendering", "special_tokens")
+            below = name.split(".")[1] in (*may, "models", "rendering", "special_tokens",
+                                           "execution")  # imports errors and guards
             assert below, f"{path} imports {name}"
