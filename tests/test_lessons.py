@@ -102,8 +102,9 @@ def grown(tmp_path_factory):
     for path in ("nbs", "exercises/solutions"):
         subprocess.run([Path(sys.executable).parent / "nbdev_export", "--path", path],
                        cwd=root, env=env, check=True, capture_output=True)
-    for tool in ("lessons.py", "readme.py"):
-        subprocess.run([sys.executable, root / "tools" / tool], cwd=root, env=env, check=True)
+    learners = "from sftlab.study.masters import make_notebooks; make_notebooks()"
+    for command in (["-c", learners], ["tools/lessons.py"], ["tools/readme.py"]):
+        subprocess.run([sys.executable, *command], cwd=root, env=env, check=True)
     return root, number
 
 
