@@ -28,7 +28,7 @@ def remedies_diagram() -> Diagram:
     return d
 
 # %% ../../nbs/reference/figures/forgetting.ipynb #ff7
-def _together(ends, near=3.0) -> list: # of names whose ends are nearly level, from above
+def _together(ends, near=5.0) -> list: # of names whose ends are nearly level, from above
     groups = []
     for name in sorted(ends, key=lambda name: -ends[name][1]):
         if groups and ends[groups[-1][-1]][1] - ends[name][1] < near:
@@ -37,36 +37,38 @@ def _together(ends, near=3.0) -> list: # of names whose ends are nearly level, f
             groups.append([name])
     return groups
 
-def _label_ends(ax, ends): # on the right, one label for ends that are nearly level
-    lowest = 200.0
+def _arrows(ax, start, ends): # what comes down has its name below it, several one above them
+    for new, old in ends.values():
+        ax.annotate("", (new, old), start, arrowprops=dict(
+            arrowstyle="-|>", color=PALETTE["blue"], linewidth=1.4, shrinkA=4, shrinkB=1))
     for names in _together(ends):
-        room = 5.4 * len(names) + 2
-        level = sum(ends[name][1] for name in names) / len(names)
-        height = min(level, lowest - room / 2)
-        lowest = height - room / 2
-        ax.annotate("\n".join(names), (102, level), (109, height), va="center", fontsize=9,
-                    arrowprops=dict(arrowstyle="-", color=TEXT, linewidth=0.6))
+        top, several = max(ends[name][1] for name in names), len(names) > 1
+        text = f"{len(names)} ways: see right" if several else names[0]
+        ax.text(100, top + 5 if several else top - 5, text, ha="right", fontsize=9,
+                va="bottom" if several else "top")
+    ax.plot(*start, "o", color=PALETTE["grey"], markersize=9)
+    ax.annotate("start", start, (0, 10), textcoords="offset points", ha="center", fontsize=9)
+    ax.set(xlabel="the new kind, %", ylabel="the old kinds, %", xlim=(-8, 108), ylim=(-12, 104))
 
 def plot_plane(
     start:tuple, # (new, old) before, in %
     ends:dict, # name -> (new, old) after, in %
-    spread:dict=None, # name -> (low, high) of the old, in %
+    spread:dict=None, # name -> (low, high) of the old, in %: then each has a line on the right
 ): # a matplotlib figure
     "Gained to the right, lost downward: an arrow from the start to where each method ends."
-    fig, ax = figure(6.8, 3.0 + 0.12 * len(ends))
-    colors = list(PALETTE.values())
-    for i, (name, (new, old)) in enumerate(ends.items()):
-        color = colors[i % len(colors)]
-        ax.annotate("", (new, old), start, arrowprops=dict(
-            arrowstyle="-|>", color=color, linewidth=1.6, shrinkA=4, shrinkB=3))
-        ax.plot(new, old, MARKERS[i % len(MARKERS)], color=color, markersize=6)
-        if spread:
-            ax.plot([new, new], spread[name], color=color, linewidth=1, linestyle="-")
-    _label_ends(ax, ends)
-    ax.plot(*start, "o", color=PALETTE["grey"], markersize=9)
-    ax.annotate("start", start, (0, 10), textcoords="offset points", ha="center", fontsize=9)
-    ax.set(xlabel="the new kind, %", ylabel="the old kinds, %", xlim=(-4, 142), ylim=(-6, 104))
-    ax.set_xticks(range(0, 101, 20)) # to the right of them are the labels
+    if not spread:
+        fig, ax = figure(4.2, 3.0)
+        _arrows(ax, start, ends)
+        return fig
+    fig, (left, right) = figure(6.9, 3.6, ncols=2)
+    _arrows(left, start, ends)
+    order = sorted(ends, key=lambda name: ends[name][1])
+    for y, name in enumerate(order):
+        right.plot(spread[name], [y, y], color=PALETTE["blue"], linewidth=1.2, linestyle="-")
+        right.plot(ends[name][1], y, "o", color=PALETTE["blue"], markersize=5)
+    right.axvline(start[1], color=TEXT, linestyle="--", linewidth=1)
+    right.set_yticks(range(len(order)), order)
+    right.set(xlabel="the old kinds, % (dashed: start)")
     return fig
 
 # %% ../../nbs/reference/figures/forgetting.ipynb #ff8a
