@@ -311,3 +311,20 @@ def test_half_of_an_adapter_is_the_average_of_base_and_merged():
                      for name, p in model.named_parameters() if "lora_" not in name)
     for name, p in BASE.named_parameters():
         torch.testing.assert_close(between[name], (p.detach() + whole[name]) / 2)
+
+
+def test_peft_saves_half_of_an_adapter_in_a_folder_of_its_name(tmp_path):
+    "As the lesson types it, and it is the average again when loaded."
+    from peft import LoraConfig, PeftModel, get_peft_model
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    peft = get_peft_model(copy.deepcopy(BASE), config)
+    peft.add_weighted_adapter(["default"], [0.5], "halfway", combination_type="linear")
+    peft.save_pretrained(tmp_path, selected_adapters=["halfway"])
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["halfway"]
+    half = PeftModel.from_pretrained(copy.deepcopy(BASE), tmp_path / "halfway").eval()
+    whole = copy.deepcopy(peft).merge_and_unload()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        found, wanted = half(ids).logits, average(BASE, whole, 0.5)(ids).logits
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+        assert (found - whole(ids).logits).abs().max() > 0.01
