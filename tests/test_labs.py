@@ -22,13 +22,15 @@ import pytest
 import torch
 
 from sftlab.errors import DataError, LoRAError, ModelError, OutputError, SftlabError, TrainingError
-from sftlab.finetune import add_lora, finetune
+from sftlab.finetune import add_lora, default_learning_rate, encode_for_training, finetune
 from sftlab.guards.memory import room_on
 from sftlab.labs import machine, runs, sharing
 from sftlab.labs.machine import LAB_PRESETS, Card, estimate_run, open_lab, what_to_halve
 from sftlab.memory import count_parameters
 from sftlab.models import load
+from sftlab.packing import PACKED, pack_rows
 from sftlab.tiny.world import as_messages, examples
+from sftlab.training import evaluate_nll, target_nll_sum
 
 ROOT = Path(__file__).resolve().parent.parent
 LABS = sorted(ROOT.glob("nbs/labs/*.ipynb"))
@@ -154,6 +156,25 @@ def test_configs_that_are_known_are_those_of_the_models():
     assert found == [0.6, 1.7, 4.0, 8.2]
 
 
+def test_the_learning_rates_are_those_of_finetune():
+    large = SimpleNamespace(num_parameters=lambda: 1_700_000_000)
+    small = SimpleNamespace(num_parameters=lambda: 2_700_000)
+    for name, settings in LAB_PRESETS.items():
+        of = small if name == "tiny" else large
+        assert settings.learning_rate == default_learning_rate(of, settings.method)
+
+
+def test_a_card_has_its_name_and_both_units_at_its_line():
+    fig = machine.plot_on_card(machine.t4_estimates(), machine.T4)
+    assert "T4: 14.56 GiB = 15.6 GB" in [t.get_text() for t in fig.legends[0].get_texts()]
+
+
+def test_what_is_chosen_is_all_in_the_table():
+    said = repr(a_lab(rows=90, epochs=2, learning_rate=1e-4, r=4))
+    for part in ("rows=90", "epochs=2", "learning_rate=0.0001", "rank 4, alpha 8"):
+        assert part in said
+
+
 # --- out of memory
 
 LARGE = "Qwen/Qwen3-8B-Base"
@@ -244,6 +265,62 @@ def test_a_file_that_the_hub_does_not_give_is_one_line():
     with pytest.raises(DataError, match="is no file here, and the hub does not give it") as e:
         runs.local_file("owner/name/folder/file.jsonl")
     assert "\n" not in str(e.value)
+
+
+def test_of_a_sorted_file_all_topics_are_taken(capsys):
+    "A tenth of the rows, and each of the ten topics is there; what is left out is said."
+    sorted_rows = [dict(topic=n // 50) for n in range(500)]
+    lab = a_lab(preset="tiny", rows=50)
+    taken = runs.take(lab, sorted_rows)
+    assert len(taken) == 50 and {row["topic"] for row in taken} == set(range(10))
+    assert taken == runs.take(lab, sorted_rows) and taken == sorted(taken, key=lambda r: r["topic"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "500 usable, 50 taken; open_lab(…, rows=…) takes more"
+    assert runs.take(lab, sorted_rows[:20]) == sorted_rows[:20]
+    assert capsys.readouterr().out == "20 usable, 20 taken\n"
+
+
+def test_rows_of_a_file_are_drawn_from_all_of_it(tmp_path, capsys):
+    rows = [as_messages(e) for e in examples("train", 120)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lab = open_lab("test", MODEL, "mine.jsonl", preset="tiny", rows=60, questions=10)
+    parts = runs.read_rows_of(lab)
+    assert "120 usable, 60 taken; open_lab(…, rows=…) takes more" in capsys.readouterr().out
+    texts = [row["messages"] for row in rows]
+    places = [texts.index(row["messages"]) for part in parts for row in part]
+    assert len(places) == 60 and len(parts[1]) == 10 and sum(n >= 60 for n in places) > 15
+
+
+def test_packed_rows_have_the_loss_of_the_same_rows_alone():
+    "Whatever a single packed row has: the shortest answers are in a row of their own."
+    model, tokenizer = load("tiny")
+    alone = encode_for_training(tokenizer, [as_messages(e) for e in examples("train", 40)])
+    packed, _ = pack_rows(alone, 256)
+    of_all = evaluate_nll(model, alone, 8, loss_fn=target_nll_sum).nll
+    of_packed = evaluate_nll(model, packed, 1, **PACKED).nll
+    assert of_packed == pytest.approx(of_all, abs=1e-5)
+    single = [evaluate_nll(model, [row], 1, **PACKED).nll for row in packed]
+    assert max(single) > of_all + 1
+
+
+def test_padding_is_compared_at_the_tokens_of_a_packed_row():
+    _, tokenizer = load("tiny")
+    rows = [as_messages(e) for e in examples("train", 40)]
+    table = runs.fill_table(a_lab(preset="tiny"), tokenizer, rows)
+    lengths = [len(row["input_ids"]) for row in encode_for_training(tokenizer, rows)]
+    [n] = re.findall(r"padded, (\d+) rows", table.index[0])
+    assert abs(int(n) * sum(lengths) / len(lengths) - 256) <= sum(lengths) / len(lengths) / 2
+    assert table["places"].dtype == int and table.loc["packed", "places"] % 256 == 0
+
+
+def test_a_model_that_is_not_the_tiny_one_is_left_to_llama_cpp(tmp_path, capsys):
+    assert sharing.export(tmp_path / "merged") is None  # nothing is loaded: there is nothing
+    assert "convert_hf_to_gguf.py merged --outfile merged.gguf" in capsys.readouterr().out
+
+
+def test_what_a_merge_takes_is_said_before():
+    said = sharing.merge_needs(a_lab(preset="tiny"))
+    assert said == f"A merge of {MODEL} takes 4.1 GB of memory and 3.4 GB in runs."
 
 
 @pytest.mark.slow
