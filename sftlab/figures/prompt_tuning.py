@@ -10,36 +10,47 @@ from ..plots import MARKERS, PALETTE, TEXT, Diagram, figure, log_axis
 from ..study.experiments import mean_interval
 
 # %% ../../nbs/reference/figures/prompt_tuning.ipynb #fz5
-def _lane(d, y, parts): # boxes from left to right with arrows: (x, width, text, color)
-    boxes = [d.box(x, y, w, 0.5, text, color, frozen=color == "grey")
+def _lane(d, y, parts): # boxes from left to right, with arrows: (x, width, text, color)
+    boxes = [d.box(x, y - 0.25, w, 0.5, text, color, frozen=color == "grey")
              for x, w, text, color in parts]
     for a, b in zip(boxes, boxes[1:]):
         d.arrow(a, b)
     return boxes
 
+def _path(d, *points): # a line with corners; an arrow at its end
+    d.ax.plot(*zip(*points[:-1]), color=PALETTE["grey"], linestyle="-",
+              linewidth=1.6)
+    d.arrow(*points[-2:])
+
 def block_diagram() -> Diagram:
     "A layer of a transformer, and the place of each method."
-    d = Diagram(6.8, 4.5)
-    d.text(3.4, 4.3, "Grey: frozen. Orange: trained. A method trains one kind of orange box.",
+    d, y, z, between = Diagram(6.8, 5.9), 3.75, 1.2, 2.4 # the lanes' heights
+    d.text(3.4, 5.72, "Grey: frozen. Orange: trained. A method trains one kind of orange box.",
            fontsize=9)
-    y, z = 2.75, 0.75
-    up = _lane(d, y, [(0.1, 0.95, "tokens", "grey"), (1.3, 0.6, "norm", "grey"),
-                      (2.15, 0.75, "q, k, v", "grey"), (3.15, 0.95, "attention", "grey"),
-                      (4.35, 0.4, "o", "grey"), (5.0, 0.85, "adapter", "orange"),
-                      (6.1, 0.4, "+", "grey")])
-    low = _lane(d, z, [(1.3, 0.6, "norm", "grey"), (2.15, 0.95, "gate, up", "grey"),
-                       (4.05, 0.7, "down", "grey"), (5.0, 0.85, "adapter", "orange"),
-                       (6.1, 0.4, "+", "grey")])
-    prompt = d.box(0.1, y + 0.9, 0.95, 0.5, "prompt", "orange")
-    prefix = d.box(3.15, y + 0.9, 0.95, 0.5, "prefix", "orange")
-    lora = [d.box(x, y - 0.85, 0.75, 0.4, "LoRA", "orange") for x in (2.15, 4.15)]
-    lora += [d.box(x, z - 0.65, 0.75, 0.4, "LoRA", "orange") for x in (2.25, 4.05)]
-    ia3 = [d.box(2.2, y + 0.95, 0.65, 0.4, "IA³", "orange"),
-           d.box(3.25, z + 0.65, 0.65, 0.4, "IA³", "orange")]
-    for a, b in [(prompt, up[0]), (prefix, up[3]), (ia3[0], up[2]), (lora[0], up[2]),
-                 (lora[1], up[4]), (lora[2], low[1]), (lora[3], low[2]), (ia3[1], (3.57, z + 0.27, 0, 0))]:
-        d.arrow(a, b, color="orange")
-    d.arrow((6.3, y, 0, 0), (6.3, z + 0.5, 0, 0))
+    end = (5.1, 0.85, "adapter", "orange"), (6.2, 0.4, "+", "grey")
+    tokens, norm = _lane(d, y, [(0.1, 0.95, "tokens", "grey"), (1.45, 0.6, "norm", "grey")])
+    attention, o, *_, plus = _lane(
+        d, y, [(3.3, 0.95, "attention", "grey"), (4.5, 0.35, "o", "grey"), *end])
+    norm2, gate, down, *_, plus2 = _lane(
+        d, z, [(1.45, 0.6, "norm", "grey"), (2.3, 0.95, "gate, up", "grey"),
+               (4.1, 0.7, "down", "grey"), *end])
+    q, kv = (d.box(2.3, y + dy, 0.7, 0.4, text, "grey", frozen=True)
+             for dy, text in ((-0.8, "q"), (0.4, "k, v")))
+    for box in (q, kv):
+        d.arrow(norm, box)
+        d.arrow(box, attention)
+    for x, height, text, *reached in (
+            (0.1, y + 0.75, "prompt", tokens), (3.3, y + 0.75, "prefix", attention),
+            (2.3, y - 0.2, "LoRA", q, kv), (4.32, y - 0.95, "LoRA", o),
+            (2.43, z - 0.88, "LoRA", gate), (4.1, z - 0.88, "LoRA", down),
+            (2.3, y + 1.1, "IA³", kv), (3.33, z + 0.5, "IA³", (3.675, z))):
+        made = d.box(x, height, 0.95 if text.startswith("pr") else 0.7, 0.4, text, "orange")
+        for box in reached:
+            d.arrow(made, box, color="orange")
+    _path(d, (1.25, y), (1.25, 5.45), (6.4, 5.45), (6.4, y + 0.25)) # what attention skips
+    _path(d, (6.4, y - 0.25), (6.4, between), (1.0, between), (1.0, z), (1.45, z))
+    _path(d, (1.25, z), (1.25, 0.14), (6.4, 0.14), (6.4, z - 0.25)) # what the MLP skips
+    d.arrow((6.6, z), (6.8, z))
     return d
 
 # %% ../../nbs/reference/figures/prompt_tuning.ipynb #fz7
@@ -83,9 +94,12 @@ def plot_sizes(
         ax.plot([row.trained] * len(values), values, "o", color=color, markersize=3, alpha=0.6)
         mean, low, high = mean_interval(values) if len(values) > 1 else 3 * [row.exact]
         ax.errorbar(row.trained, mean, [[mean - low], [high - mean]], color=color,
-                    marker=MARKERS[i % len(MARKERS)])
-        ax.annotate(method, (row.trained, mean), (6, 5), textcoords="offset points", fontsize=9,
-                    color=TEXT)
+                    marker=MARKERS[(i + i // len(PALETTE)) % len(MARKERS)])
+        wider = means.trained / row.trained # a mark to the right, close by: write to the left
+        close = (wider.between(1, 3, "right") & ((means.exact - mean).abs() < 10)).any()
+        ax.annotate(method, (row.trained, mean), (-6, 0) if close else (6, 5), fontsize=9,
+                    textcoords="offset points", color=TEXT, va="center" if close else "bottom",
+                    ha="right" if close else "left")
     log_axis(ax, "x", steps=(1,))
     ax.set(xlabel="numbers trained", ylabel="exact match, %", ylim=(0, 100),
            xlim=(200, 1.2e7))
