@@ -252,10 +252,17 @@ def as_prefix(model):
 # %% ../../../exercises/solutions/11_prompt_tuning.ipynb #ze42
 @dataclass(frozen=True)
 class Prompted:
-    "A model with a trained prompt."
+    "A model with a trained prompt, made when it is asked for something."
     n:int # places
     seed:int = 0
     tiny:bool = False # the course's tiny model
+
+    def __getattr__(self, name): # as the model has it
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(_with_vectors(self), name)
+
+    def __call__(self, *args, **more): return _with_vectors(self)(*args, **more)
 
 @functools.cache
 def _bare(tiny, seed):
@@ -273,6 +280,7 @@ def _bare(tiny, seed):
             p.data *= 4 # so that every part of it matters
     return model
 
+@functools.cache
 def _with_vectors(spec):
     import copy
     import torch
@@ -297,8 +305,8 @@ def _(rng):
 
 @q4.called
 def _(function, spec):
-    model = _with_vectors(spec)
-    pairs = function(model)
+    _with_vectors.cache_clear() # whatever somebody did to it
+    pairs, model = function(spec), _with_vectors(spec)
     if pairs is None:
         return None
     whole = len(pairs) == model.config.num_hidden_layers
