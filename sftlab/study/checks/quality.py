@@ -267,7 +267,7 @@ def clean(pairs, hide):
     "Pairs without personal data, empty answers and repetitions, in their order."
     # BEGIN SOLUTION
     kept, seen = [], set()
-    for question, answer in pairs:
+    for (question, answer) in pairs:
         pair = hide(question), hide(answer)
         key = tuple(" ".join(text.lower().split()) for text in pair)
         if answer.strip() and key not in seen:
@@ -485,7 +485,7 @@ def _(rows, surprise, n):
 @q5.mistake("all rows", "you return all rows. Only `n` are wanted.")
 def _(rows, surprise, n): return _hardest(rows, surprise, len(rows))
 
-# %% ../../../exercises/solutions/13_quality.ipynb #47819c97
+# %% ../../../exercises/solutions/13_quality.ipynb #c5e82b5c
 q6 = OpenQuestion("quality.afternoon", "Forty thousand rows from somewhere",
     stars=2, minutes=10,
     rubric=[
