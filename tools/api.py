@@ -225,12 +225,6 @@ def without_links(
     return re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", words)
 
 
-def anchor(
-    name:str, # of a symbol
-) -> str: # what its address ends in, after #
-    return name
-
-
 def cell(
     words:str, # Markdown
 ) -> str: # fit for a table
@@ -272,7 +266,7 @@ def error_link(
 ) -> str: # Markdown
     if name not in errors():
         return f"`{name}`"
-    return f"[`{name}`]({'' if page == 'errors' else 'errors.qmd'}#{anchor(name)})"
+    return f"[`{name}`]({'' if page == 'errors' else 'errors.qmd'}#{name})"
 
 
 def linked(
@@ -285,7 +279,7 @@ def linked(
     def link(found):
         name = found[1]
         if name in here:
-            return f"[`{name}`](#{anchor(name)})"
+            return f"[`{name}`](#{name})"
         return error_link(name, page.name) if name in errors() else found[0]
     return re.sub(r"(?<!\[)`(\w+)`", link, words)
 
@@ -314,7 +308,7 @@ def described(
     address:str, # of the source
 ) -> str: # Markdown
     "A symbol's part of the page, its methods after it."
-    parts = [f"{'#' * level} {symbol.name} {{#{anchor(symbol.name)}}}",
+    parts = [f"{'#' * level} {symbol.name} {{#{symbol.name}}}",
              f"```python\n{symbol.signature}\n```", linked(symbol.doc, page)]
     if symbol.parameters:
         parts.append(parameter_table(symbol.parameters, page))
@@ -336,7 +330,7 @@ def contents(
     lines = ["| name | what it is |", "|---|---|"]
     for symbol in page.symbols:
         told = cell(first_sentence(symbol.doc)) or code(symbol.signature)
-        lines.append(f"| [`{symbol.name}`](#{anchor(symbol.name)}) | {told} |")
+        lines.append(f"| [`{symbol.name}`](#{symbol.name}) | {told} |")
     return "\n".join(lines) + "\n"
 
 
@@ -348,7 +342,7 @@ def values(
     for symbol in page.symbols:
         if symbol.kind == "value":
             shown = f"```python\n{symbol.name} = {symbol.signature}\n```\n\n"
-            head = f"### {symbol.name} {{#{anchor(symbol.name)}}}\n\n"
+            head = f"### {symbol.name} {{#{symbol.name}}}\n\n"
             parts.append(head + (shown if symbol.signature else "") + linked(symbol.doc, page))
     return "## Values\n\n" + "\n\n".join(parts) + "\n" if parts else ""
 

@@ -262,7 +262,7 @@ def front_matter(
     "Title, description and what else Quarto is told about a page."
     found = dict(title=page_title(name), description=line)
     if name == "nbs/index.ipynb":
-        found["description"] = settings()["description"]
+        found["image"] = relative("social-card.png", name)  # not the page's first picture
         found["pagetitle"] = f"{settings()['title']}: {settings()['description']}"
     if name.startswith("exercises/"):
         found["repo-actions"] = False  # made from its master: nothing to edit

@@ -279,8 +279,8 @@ def _number(value): return value.item() if hasattr(value, "item") else value
 
 # %% ../../../exercises/solutions/14_forgetting.ipynb #x0000035
 def _keeper(
-    model, rows, loss, steps, faults=(), copied=True, half=2, over=None,
-    square=lambda grad: grad**2, distance=lambda d: d**2, some=lambda rows: list(rows), clean=True, add=None,
+    model, rows, loss, steps, faults=(), copied=True, half=2, over=None, clean=True, add=None,
+    square=lambda grad: grad**2, distance=lambda d: d**2, some=lambda rows: list(rows),
     each=lambda importance: importance,
 ):
     import torch
