@@ -138,6 +138,16 @@ def _(scores, bad, share):
 def _(scores, bad, share):
     return _read(scores, bad, share, sorted(range(len(scores)), key=lambda i: (-scores[i], bad[i])))
 
+@q2.mistake("equal scores averaged",
+    "of equal scores you count the average, as the lesson does. Here the first in the file comes "
+    "first.")
+def _(scores, bad, share):
+    from sftlab.quality import precision_recall
+    n = 1
+    while precision_recall(scores, bad, n)[1] < share - 1e-9:
+        n += 1
+    return n
+
 @q2.mistake("one too few", "you count from 0: reading one row is reading 1.")
 def _(scores, bad, share): return _read(scores, bad, share, count=lambda n: n - 1)
 
