@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from .errors import SftlabError
 from .files.sweeps import read_runs, write_runs
-from .guards.sweeps import KEPT, check_measured_loss, check_runs, check_space
+from .guards.sweeps import (
+    KEPT, check_found, check_measured_loss, check_runs, check_space)
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -144,7 +145,9 @@ def chosen(
     runs, # a DataFrame from `sweep`
 ) -> dict: # settings
     "Of the settings with three seeds, those with the lowest mean loss."
+    check_found(runs.loss, runs.error)
     names = [name for name in runs if name not in KEPT]
-    means = runs.groupby(names, dropna=False).loss.agg(["count", "mean"]).reset_index()
-    best = means[means["count"] == means["count"].max()].sort_values("mean").iloc[0]
-    return {name: best[name] for name in names}
+    groups = runs.astype(object).groupby(names, sort=False)
+    seeds, means = groups.seed.nunique(), groups.loss.mean().astype(float)
+    best = means[seeds == seeds.max()].idxmin()
+    return dict(zip(names, best if len(names) > 1 else [best]))
