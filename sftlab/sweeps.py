@@ -150,4 +150,5 @@ def chosen(
     groups = runs.astype(object).groupby(names, sort=False)
     seeds, means = groups.seed.nunique(), groups.loss.mean().astype(float)
     best = means[seeds == seeds.max()].idxmin()
-    return dict(zip(names, best if len(names) > 1 else [best]))
+    values = best if len(names) > 1 else [best]
+    return {name: getattr(value, "item", lambda: value)() for name, value in zip(names, values)}

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 NEEDS = { # requirement of `sftlab[lab]` -> the lessons and labs that need it
     "bitsandbytes": ("06", "08", "qlora_t4", "your_data", "bigger_card"),
     "sacrebleu": ("15",),
+    "optuna": ("12",),
     "scikit-learn": ("13",),
     "rouge-score": ("15",),
     "lm-eval": ("15", "16"),
