@@ -151,4 +151,4 @@ def chosen(
     seeds, means = groups.seed.nunique(), groups.loss.mean().astype(float)
     best = means[seeds == seeds.max()].idxmin()
     values = best if len(names) > 1 else [best]
-    return {name: getattr(value, "item", lambda: value)() for name, value in zip(names, values)}
+    return {name: np.asarray(value).item() for name, value in zip(names, values)}
