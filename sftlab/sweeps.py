@@ -113,10 +113,10 @@ def measured(
 ) -> dict: # settings, seed, loss, and why it failed
     "One run. What fails counts as infinitely bad, and says why."
     try:
-        loss, error = check_measured_loss(run(settings, seed)), ""
+        loss, error = run(settings, seed), ""
     except SftlabError as e:
         loss, error = math.inf, str(e)
-    return dict(settings=settings, seed=seed, loss=loss, error=error)
+    return dict(settings=settings, seed=seed, loss=check_measured_loss(loss), error=error)
 
 # %% ../nbs/12_hyperparameters.ipynb #h22
 def sweep(
