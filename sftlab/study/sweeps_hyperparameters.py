@@ -88,6 +88,5 @@ _LONG += [dict(schedule="linear", epochs=epochs) for epochs in _EPOCHS]
 @experiment("12_epochs", _LONG, files=_TINY)
 def epochs(schedule:str, epochs:int, seed:int) -> dict:
     "Full fine-tuning on 300 rows at 0.000625."
-    exact_after = _EPOCHS if schedule == "constant" else ()
-    return _tuned(seed, exact_after=exact_after, lr_scheduler_type=schedule, epochs=epochs,
-                  learning_rate=_GRID[1])
+    more = dict(exact_after=_EPOCHS, warmup_steps=0) if schedule == "constant" else {}
+    return _tuned(seed, lr_scheduler_type=schedule, epochs=epochs, learning_rate=_GRID[1], **more)
