@@ -30,6 +30,7 @@ from .rows import (
     check_file, file_hash, hold_out, name_and_weight, read_data, say_overlap, take_what_fits)
 from .settings import (
     check_facts, from_config, unfinished, unfinished_folder, versions, write_json)
+from .sweep import check_sweep, in_time, plan_of, run_sweep, say_plan
 
 # %% ../../nbs/reference/program/train.ipynb #d4417d94
 def _question(row:dict) -> tuple: # messages before the first answer, tools
@@ -143,7 +144,7 @@ def _say_checks(trainer):
         if check.name == "memory" and not check.problems:
             say("memory", check.said)
 
-def _dry_run(settings, trainer):
+def _dry_run(given, settings, sweep, trainer):
     "Show what would be trained, and what it would need; ends the program."
     tokenizer, encoded = trainer.processing_class, list(trainer.train_dataset)
     template = training_template(tokenizer)
@@ -158,9 +159,11 @@ def _dry_run(settings, trainer):
     batch, accumulated = settings["batch_size"], settings["grad_accum"]
     batches = len(encoded) / batch / world_size() * settings["epochs"]
     seconds = _seconds_per_batch(trainer.model, encoded, batch) * batches
-    lasts = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
-    say("time", f"about {lasts} on {trainer.model.device.type}, the samples not counted ({batch} "
-                f"rows at once, {batch * accumulated * world_size()} rows a step)")
+    say("time", f"about {in_time(seconds)} on {trainer.model.device.type}, the samples not counted "
+                f"({batch} rows at once, {batch * accumulated * world_size()} rows a step)")
+    if sweep:
+        say_plan(plan_of(given, trainer.model), sweep)
+        say("", f"about {in_time(seconds * sweep)} in all, the start of each run not counted")
     say("dry run", "nothing was trained or written")
     raise typer.Exit
 
@@ -215,6 +218,7 @@ def _said_of_loss(before, after, keep) -> str: # None if all is well
     "sftlab train --data chats.jsonl --data code.jsonl=0.5 --output runs/two",
     "sftlab train --config runs/first/run.json --output runs/again",
     "sftlab train --data chats.jsonl --output runs/first --dry-run",
+    "sftlab train --data chats.jsonl --output runs/sweep --sweep 20",
     "torchrun --nproc_per_node 2 -m sftlab train --data chats.jsonl --output runs/first",
     "accelerate launch --multi_gpu --num_processes 2 -m sftlab train --data chats.jsonl …"))
 def train_command(
@@ -278,6 +282,13 @@ def train_command(
     overwrite:Annotated[bool, typer.Option(
         "--overwrite", help="Replace the finished run in DIR; begin anew where an unfinished one "
                             "has other settings.")]=False,
+    sweep:Annotated[int | None, typer.Option(
+        metavar="N", help="Make N runs, 5 or more, in search of the learning rate and the rows a "
+                          "step with the lowest held-out loss; the best settings are then in "
+                          "DIR/best.json.", min=5)]=None,
+    rows_seed:Annotated[int | None, typer.Option( # so that all runs of a sweep have the same rows
+        hidden=True, metavar="N", help="Of the draw and the split, in place of --seed.", min=0,
+        max=2**32 - 1)]=None,
     config:Annotated[Path | None, typer.Option(
         metavar="FILE", exists=True, dir_okay=False, is_eager=True, callback=from_config,
         help="Take settings from a YAML or JSON file, such as the run.json of an earlier run; the "
@@ -288,6 +299,8 @@ def train_command(
     a step when torchrun or accelerate starts a process for each."""
     start = time.time()
     check_processes(os.environ)
+    if sweep:
+        check_sweep(os.environ, sweep, seed, overwrite)
     service = report_to.value if report_to else None
     columns = columns_of(prompt_column, completion_column)
     for name in data:
@@ -303,13 +316,16 @@ def train_command(
         method=method.value, epochs=epochs, learning_rate=learning_rate,
         lora_rank=lora_rank, lora_alpha=lora_alpha, lora_targets=lora_targets,
         lora_dropout=lora_dropout, batch_size=batch_size, grad_accum=grad_accum,
-        max_length=max_length, max_rows=max_rows, seed=seed, keep=keep.value, patience=patience,
-        report_to=service, on_error=on_error.value, processes=world_size(),
+        max_length=max_length, max_rows=max_rows, seed=seed, rows_seed=rows_seed, keep=keep.value,
+        patience=patience, report_to=service, on_error=on_error.value, processes=world_size(),
         versions=versions("sftlab", "torch", "transformers", "trl", "peft"))
     check_facts(config, ctx.meta.get("facts", {}), settings)
     if dry_run:
         with TemporaryDirectory() as folder:
-            _run(settings, columns, Path(folder), None, dry=True)
+            _run(settings, columns, Path(folder), None, dry=True, sweep=sweep)
+    if sweep:
+        run_sweep(settings, sweep, output)
+        return
     if not is_main_process():
         _run(settings, columns, output, unfinished_folder(output))
         return
@@ -344,10 +360,13 @@ def _load(settings) -> tuple: # model, tokenizer
                  f"{four_bit}{str(net.dtype)[6:]} on {net.device.type}, --method {method}")
     return net, tokenizer
 
+def _rows_seed(settings) -> int:
+    return settings["seed"] if settings["rows_seed"] is None else settings["rows_seed"]
+
 def _read(settings, columns) -> tuple: # rows, and those of --eval-data
     on_error = settings["on_error"]
     read = read_data(
-        settings["data"], on_error, columns, settings["max_rows"], settings["seed"])
+        settings["data"], on_error, columns, settings["max_rows"], _rows_seed(settings))
     apart = settings["eval_data"]
     return read, read_data([apart], on_error, columns) if apart else None
 
@@ -360,7 +379,7 @@ def _rows(settings, read, apart, tokenizer, limit) -> tuple: # to train on, held
         rows, (held_out, _) = fit, take_what_fits(settings["eval_data"], tokenizer, apart, limit)
         say_overlap(rows, held_out)
     else:
-        rows, held_out = hold_out(names, fit, settings["seed"])
+        rows, held_out = hold_out(names, fit, _rows_seed(settings))
     return rows, held_out, dict(
         rows=len(read), rows_cut=longer, rows_left_out=len(read) - len(fit),
         rows_trained=len(rows), rows_held_out=len(held_out))
@@ -379,7 +398,7 @@ def _say_where_use_differs(tokenizer, rows):
                        "tokens than those that the model is given in use, so it may answer badly "
                        "or not at all: see --dry-run, and give another --template")
 
-def _run(settings, columns, folder, checkpoints, dry=False) -> dict: # what is known at its end
+def _run(settings, columns, folder, checkpoints, dry=False, sweep=None) -> dict: # its results
     "Load, read, ask, train, ask again; or (dry) only look."
     read = _read(settings, columns)
     net, tokenizer = _load(settings)
@@ -406,7 +425,7 @@ def _run(settings, columns, folder, checkpoints, dry=False) -> dict: # what is k
         held_out, [_progress()], checkpoints, lora, filled["batch_size"], filled["grad_accum"],
         limit, settings["keep"] == "best", settings["patience"],
         [settings["report_to"]] if settings["report_to"] else [],
-        partial(_dry_run, filled) if dry else _say_checks)
+        partial(_dry_run, settings, filled, sweep) if dry else _say_checks)
     trainer.accelerator.end_training()
     if not is_main_process():
         return {}
