@@ -1,9 +1,11 @@
 "The website, as far as it goes without Quarto: every page is listed, processed and linked."
+import base64
 import html
 import importlib.util
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -186,7 +188,7 @@ def test_directives_of_nbdev_go_and_those_of_quarto_stay(docs):
     assert '"Show the code"' in drawn.source and len(drawn.outputs) == 1
 
 
-PNG = "iVBORw0KGgo="
+PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 1200, 500)).decode()
 
 
 def test_outputs_are_fit_for_a_page(docs, tmp_path):
@@ -197,11 +199,11 @@ def test_outputs_are_fit_for_a_page(docs, tmp_path):
     assert show(data={docs.WIDGET: {}, "text/plain": "HBox()"}) is None
     assert show(name="stdout", text="kept")["text"] == "kept"
     html = (f'<style>#T_1 {{ color: red }}</style><div><style scoped>.dataframe {{}}</style>'
-            f'<img alt="a line" src="data:image/png;base64,{PNG}"></div>')
+            f'<img alt="a line" width="600" src="data:image/png;base64,{PNG}"></div>')
     made = show(data={"text/html": html, "text/plain": "DataFrame"})["data"]
     assert set(made) == {"text/markdown"} and styles == ["<style>#T_1 { color: red }</style>"]
     assert "<style" not in made["text/markdown"] and "base64" not in made["text/markdown"]
-    assert 'alt="a line" loading="lazy"' in made["text/markdown"]
+    assert 'alt="a line" width="600" height="250" loading="lazy"' in made["text/markdown"]
     source = re.search(r'src="(.*?)"', made["text/markdown"])[1]
     path = os.path.normpath(tmp_path / Path(name).parent / source)
     assert Path(path).read_bytes()[:4] == b"\x89PNG"
@@ -225,7 +227,8 @@ def test_every_picture_says_what_one_sees(name):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_no_output_loads_anything_or_warns(site, name):
     made = json.dumps(outputs(name, site))
-    assert not re.search(r"<script|src=\\?\"https?:|@import|url\(", made)
+    loads = r"<script\b[^>]*\bsrc|src=\\?\"https?:|@import|url\(|<link|\b(?:fetch|import)\s*\("
+    assert not re.search(loads, made)
     assert not any(output.get("name") == "stderr" for output in outputs(name, site))
 
 

@@ -76,6 +76,14 @@ def test_the_still_picture_is_described_and_leads_to_the_live_page():
     assert f"({size})" in text  # tests/test_live.py weighs them
 
 
+def test_room_is_kept_for_the_still_picture():
+    style = (SITE / "front.css").read_text()
+    room = [(int(w), int(h)) for w, h in re.findall(r"aspect-ratio: auto (\d+) / (\d+)", style)]
+    for scheme in ("light", "dark"):
+        files = [ROOT / f"nbs/images/live-{size}-{scheme}.png" for size in ("desk", "phone")]
+        assert [struct.unpack(">II", file.read_bytes()[16:24]) for file in files] == room
+
+
 def test_the_buttons():
     text, ini = front_page(), settings()
     buttons = re.search(r'<div class="front-buttons">(.*?)</div>', text, re.DOTALL)[1]

@@ -120,6 +120,8 @@ FAULTS = {  # what is wrong: file, what is put in place of what, words of the fa
     "no name when shared": (A, 'property="og:title"', 'property="x"', "has no og:title"),
     "a picture that says nothing": (A, 'alt="A dot"', 'alt=""', "has no description"),
     "a picture without alt": (A, ' alt="A dot"', "", "mark.png has no description"),
+    "a picture that moves the text": (A, "<img ", '<img loading="lazy" width="1" ',
+                                      "mark.png has no width and height"),
     "pale text": (CSS, "--site-side-ink: #444", "--site-side-ink: #999",
                   "light theme: site-side-ink on site-side"),
     "dark on dark": (DARK_CSS, "--site-code: #f0a6d2", "--site-code: #701a5a", "dark theme"),
@@ -151,7 +153,8 @@ def test_heavy_pages_are_found_and_pictures_that_wait_are_not_counted(checker, s
     found = checker.check(site)
     assert len(found) == 4 and all("bytes, more than" in fault for fault in found)
     for path in site.rglob("*.html"):
-        path.write_text(path.read_text("utf-8").replace("<img ", '<img loading="lazy" '), "utf-8")
+        late = '<img loading="lazy" width="1" height="1" '
+        path.write_text(path.read_text("utf-8").replace("<img ", late), "utf-8")
     assert checker.check(site) == []
 
 

@@ -42,7 +42,8 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
         self.ids, self.links, self.loads, self.metas = set(), [], [], {}
-        self.undescribed, self.eager, self.title, self.lang = [], [], "", ""
+        self.undescribed, self.eager, self.sizeless = [], [], []
+        self.title = self.lang = ""
         self._in_title = self._in_svg = False
         self.feed(text)
         styles = re.findall(r"<style\b[^>]*>(.*?)</style>|\bstyle=\"([^\"]*)\"", text, re.S)
@@ -74,6 +75,8 @@ class Page(HTMLParser):
             self.undescribed.append(given.get("src", "")[:80])
         if given.get("loading") != "lazy":
             self.eager.append(given.get("src", ""))
+        elif not (given.get("width") and given.get("height")):
+            self.sizeless.append(given.get("src", ""))
 
     def handle_endtag(self, tag):
         self._in_title = self._in_title and tag != "title"
@@ -190,6 +193,12 @@ def heavy_pages(site:Path, pages:dict) -> list: # of faults
     return found
 
 
+def moving_pages(site:Path, pages:dict) -> list: # of faults
+    "Pictures that come late, and then push away what is being read: no room is kept for them."
+    return [f"{name}: the picture {source} has no width and height, and comes late"
+            for name, page in pages.items() for source in page.sizeless]
+
+
 def color(
     written:str, # in CSS: #rgb, #rrggbb or rgb(…)
 ) -> str: # "#rrggbb", or "" for a color that is none of these
@@ -243,7 +252,8 @@ def poor_search(site:Path, pages:dict) -> list: # of faults
     return found
 
 
-CHECKS = (dead_links, missing_files, other_hosts, poor_heads, heavy_pages, unreadable, poor_search)
+CHECKS = (dead_links, missing_files, other_hosts, poor_heads, heavy_pages, moving_pages, unreadable,
+          poor_search)
 
 # Text that does not stand out from what it is on. A background that is a picture is not judged.
 READABLE = """() => {

@@ -8,6 +8,7 @@ import json
 import posixpath
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -31,7 +32,7 @@ EXERCISES = "exercises/index.qmd"  # made from exercises/README.md
 # what pandas puts before each table; tools/site/rules.scss does better
 PANDAS = re.compile(r"<style scoped>.*?</style>\s*", re.S)
 STYLE = re.compile(r"<style\b.*?</style>\s*", re.S)
-PICTURE = re.compile(r'src="data:image/png;base64,([^"]+)"')
+PICTURE = re.compile(r'(<img\b[^>]*?)src="data:image/png;base64,([^"]+)"')
 LINK = re.compile(r'(\]\(|\b(?:href|src|srcset)=")([^)\s"]+)(?=[)\s"])')
 IMAGE = re.compile(r"^!\[([^\]]+)\]\((\S+)\)$", re.M)
 CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.S | re.M)
@@ -130,14 +131,19 @@ def picture_files(
     name:str, # of the page
     to:Path, # folder that Quarto reads
 ) -> str: # the same with pictures that are files
-    "A page is read sooner when its pictures come after it."
+    "A page is read sooner when its pictures come after it, to a place that is kept for them."
     folder = f"pictures/{Path(name).with_suffix('').as_posix()}"
 
     def write(found):
         (to / folder).mkdir(parents=True, exist_ok=True)
         path = f"{folder}/{len(list((to / folder).iterdir())) + 1}.png"
-        (to / path).write_bytes(base64.b64decode(found[1]))
-        return f'loading="lazy" src="{relative(path, name)}"'
+        data = base64.b64decode(found[2])
+        (to / path).write_bytes(data)
+        size = ""
+        if width := re.search(r'\bwidth="(\d+)"', found[1]):
+            wide, tall = struct.unpack(">II", data[16:24])
+            size = f'height="{round(int(width[1]) * tall / wide)}" '
+        return f'{found[1]}{size}loading="lazy" src="{relative(path, name)}"'
     return PICTURE.sub(write, html)
 
 
