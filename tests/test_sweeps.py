@@ -93,9 +93,9 @@ def test_a_density_is_one_in_all_and_its_bumps_are_inside(tried):
 def test_a_sweep_finds_the_valley_and_repeats_the_best_with_other_seeds():
     runs = sweep(hill, SPACE, 20)
     assert list(runs) == ["learning_rate", "rows", "seed", "loss", "error"] and len(runs) == 20
-    searched, again = runs[:12], runs[12:]
-    assert set(searched.seed) == {0} and list(again.seed) == [1] * 4 + [2] * 4
-    best = searched.sort_values("loss")[:4]
+    searched, again = runs[:16], runs[16:]
+    assert set(searched.seed) == {0} and list(again.seed) == [1] * 2 + [2] * 2
+    best = searched.sort_values("loss")[:2]
     for seed in (1, 2):
         assert list(again[again.seed == seed].learning_rate) == list(best.learning_rate)
     found = chosen(runs)
@@ -108,10 +108,10 @@ def test_a_sweep_finds_the_valley_and_repeats_the_best_with_other_seeds():
 def test_all_runs_are_spent(n):
     runs = sweep(hill, SPACE, n, seed=3)
     assert len(runs) == n and runs.seed.nunique() == 3
-    assert (runs.seed == 3).sum() == n - 2 * (n // 5)
+    assert (runs.seed == 3).sum() == n - 2 * max(1, n // 10)
 
 
-@pytest.mark.parametrize("stop", [0, 1, 7, 12, 13, 19])
+@pytest.mark.parametrize("stop", [0, 1, 7, 15, 16, 19])
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_end(stop, tmp_path):
     whole, calls, file = sweep(hill, SPACE, 20), [], tmp_path / "sweep.json"
     def stopped(settings, seed):
@@ -160,8 +160,8 @@ def test_where_nothing_works_nothing_is_chosen():
 
 
 def test_few_choices_are_not_run_twice_with_one_seed_in_the_end():
-    runs = sweep(hill, dict(learning_rate=[1e-3, 2e-3], rows=[4]), 10)
-    last = runs[6:]
+    runs = sweep(hill, dict(learning_rate=[1e-3, 2e-3], rows=[4]), 20)
+    last = runs[16:]
     assert not last.duplicated(["learning_rate", "rows", "seed"]).any()
     assert chosen(runs) == dict(learning_rate=1e-3, rows=4)
 

@@ -59,8 +59,8 @@ def before_after(
     for i, (question, before, after) in enumerate(rows):
         x, y = 0.05 + 3.5 * (i % 2), 2.0 - 1.97 * (i // 2)
         drawing.text(x, y + 1.72, question, ha="left", weight="bold", fontsize=9)
-        _answer_box(drawing, x, y + 0.76, 0.78, "before: base model", before, "blue")
-        _answer_box(drawing, x, y + 0.2, 0.46, "after SFT: instruct model", after, "orange")
+        _answer_box(drawing, x, y + 0.76, 0.78, "before: base model", before, "orange")
+        _answer_box(drawing, x, y + 0.2, 0.46, "after SFT: instruct model", after, "blue")
     return drawing
 
 # %% ../../nbs/reference/figures/generation.ipynb #822bc926
