@@ -21,7 +21,6 @@ from sftlab.program.sweep import (
     gain_text,
     options_of,
     plan_of,
-    plot_sweep,
     table_text,
     tried,
 )
@@ -91,7 +90,7 @@ def test_a_sweep_tells_its_runs_and_leaves_the_best_settings(file, tmp_path, mad
     told = [line for line in said.splitlines() if line.startswith("run ")]
     assert told[0] == ("run 1 of 15: learning rate 0.005, 8 rows a step (the default): held-out "
                        f"loss {losses(out)[0]:.3f}")
-    assert len(told) == 15 and sum(", seed 1: " in line for line in told) == 3
+    assert len(told) == 15 and sum(", seed 1: " in line for line in told) == 1
     assert "\nread     24 rows\nchecks   all\nrun 1" in said  # what holds for all runs, once
     table = said.partition("\n\n")[2].splitlines()
     assert table[0].split("  ")[0] == "learning rate" and table[1].endswith("best")
@@ -382,13 +381,14 @@ def test_a_rate_at_the_end_of_the_range_is_pointed_out(rate, end):
 
 @pytest.mark.parametrize("worst", [0.45, 9.0])
 def test_the_picture_shows_each_run_that_worked(worst):
-    from sftlab.plots import figure
-    _, ax = figure()
-    groups = tried(pd.concat([TABLE, a_table((0.03, 8, 0, worst, ""))]))
-    plot_sweep(ax, groups, plan_of(given(), program._without_weights("tiny")), BEST)
-    eight, sixteen, ring, _ = ax.lines
+    from sftlab.figures.sweeps import plot_sweep
+    (ax,) = plot_sweep(pd.concat([TABLE, a_table((0.03, 8, 0, worst, ""))], ignore_index=True),
+                       BEST, "rows_a_step", 0.005).axes
+    lines = {line.get_label(): line for line in ax.lines}
+    eight, sixteen = lines["rows a step 8"], lines["rows a step 16"]
     assert eight.get_marker() != sixteen.get_marker()
     assert (len(eight.get_xdata()), len(sixteen.get_xdata())) == (2, 3)
+    ring = lines["chosen (mean)"]
     assert (*ring.get_xdata(), *ring.get_ydata()) == (0.002, pytest.approx(0.41))
     assert ax.get_xscale() == "log" and ax.get_yscale() == ("log" if worst > 1 else "linear")
 

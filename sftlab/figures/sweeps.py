@@ -96,10 +96,11 @@ def map_html(
               'style="vertical-align:middle;width:12em"></label>')
     script = _SCRIPT.replace("ID", json.dumps(id)).replace(
         "NAMES", json.dumps([f"{value:g}" for value in values]))
+    about = (f"{names[y]}, %, over {names[x]}; left: a line of cells for each number of "
+             f"{names[series]}; right: the chosen one with a dot a run, the others pale")
     return (f'<div id="{id}" style="max-width:760px">{slider}<div aria-live="polite">'
             f'{"".join(said)}</div><div style="display:flex;flex-wrap:wrap;gap:6px">{pictures}'
-            f'</div><small>{names[y]}, %, over {names[x]}; left: a row for each {names[series]}; '
-            f'right: the chosen one with a dot a run, the others pale</small></div>{script}')
+            f'</div><small>{about}</small></div>{script}')
 
 # %% ../../nbs/reference/figures/sweeps.ipynb #fw8
 def plot_cover(
@@ -137,7 +138,7 @@ def plot_promise(
         color = PALETTE[color]
         above.plot(rates, f(at), label=name, color=color, linestyle=dash)
         xs = [math.exp(t) for t, loss in zip(tried, losses) if (loss <= best) == keep]
-        above.plot(xs, [0] * len(xs), marker, color=color, clip_on=False, zorder=3,
+        above.plot(xs, [0.02 * keep] * len(xs), marker, color=color, clip_on=False, zorder=3,
                    linestyle="none")
     values = promise(at)
     top = max(range(len(at)), key=lambda i: values[i])
@@ -206,26 +207,30 @@ def plot_epochs(
 
 # %% ../../nbs/reference/figures/sweeps.ipynb #fw18
 def plot_sweep(
-    runs, # a DataFrame from `sftlab.sweeps.sweep`
+    runs, # a DataFrame from `sftlab.sweeps.sweep`, with a `learning_rate`
     chosen:dict, # the settings that were chosen: a ring
-    x:str="learning_rate", # along the picture, logarithmic
-    series:str=None, # the setting whose values have a mark each
+    series:str=None, # a setting whose values have a mark each
+    default:float=None, # a rate at which a line is drawn
 ): # a matplotlib figure
     "The loss of each run; runs that failed are crosses at the top."
-    fig, ax = figure(6.5, 3.2)
-    groups = runs.groupby(series) if series else [("", runs)]
-    done = runs.loss[runs.loss < math.inf]
-    top = done.max() + 0.1 * (done.max() - done.min() or 1)
-    for (name, some), color, marker in zip(groups, PALETTE.values(), MARKERS):
-        label = f"{series.replace('_', ' ')} {name}" if series else None
-        worked = some[some.loss < math.inf]
-        ax.plot(worked[x], worked.loss, marker, color=color, linestyle="none", label=label)
-        failed = some[x][some.loss == math.inf]
-        ax.plot(failed, [top] * len(failed), "x", color=PALETTE["red"], linestyle="none")
-    best = runs[(runs[list(chosen)] == pd.Series(chosen)).all(axis=1)]
-    ax.plot(best[x], best.loss, "o", color=PALETTE["red"], markersize=12, fillstyle="none",
-            linestyle="none", label="chosen")
+    fig, ax = figure(6.8, 3.2)
+    done = runs[runs.loss < math.inf]
+    looks = zip(done.groupby(series) if series else [("", done)], PALETTE.values(), MARKERS)
+    for (name, some), color, marker in looks:
+        ax.plot(some.learning_rate, some.loss, marker, color=color, linestyle="none", alpha=0.8,
+                label=f"{series.replace('_', ' ')} {name}" if series else None)
+    if len(done) < len(runs):
+        failed = runs.learning_rate[runs.loss == math.inf]
+        ax.plot(failed, [1.02 * done.loss.max()] * len(failed), "x", color=PALETTE["red"],
+                linestyle="none", label="failed")
+    best = done[(done[list(chosen)] == pd.Series(chosen)).all(axis=1)]
+    ax.plot(best.learning_rate.iloc[0], best.loss.mean(), "o", color=TEXT, markersize=16,
+            fillstyle="none", markeredgewidth=2, linestyle="none", label="chosen (mean)")
+    if default:
+        ax.axvline(default, color=TEXT, linestyle=":", label="default rate")
     log_axis(ax, "x")
-    ax.set(xlabel=x.replace("_", " "), ylabel="held-out loss")
-    ax.legend()
+    if done.loss.max() > 2 * done.loss.min():
+        log_axis(ax, "y", (1, 1.5, 2, 3, 4, 5, 6, 8))
+    ax.set(xlabel="learning rate", ylabel="held-out loss, nats a token")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return fig

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Plan', 'plan_of', 'options_of', 'say_plan', 'in_time', 'check_sweep', 'Tried', 'tried', 'table_text', 'gain_text',
-           'end_text', 'plot_sweep', 'run_sweep']
+           'end_text', 'run_sweep']
 
 # %% ../../nbs/reference/program/sweep.ipynb #2800b676
 import io
@@ -385,33 +385,6 @@ def end_text(
             f"to {high:.3g}), and a better one may lie beyond: sweep again around it, with "
             f"--learning-rate {rate} and another --output")
 
-def plot_sweep(
-    ax, # matplotlib axes
-    groups:list, # from `tried`
-    plan:Plan,
-    best:dict, # the chosen settings
-):
-    "Held-out loss over learning rate, a mark for each choice of rows a step, the chosen ringed."
-    from sftlab.plots import MARKERS, PALETTE, TEXT, log_axis
-    done = [(group.found, loss) for group in groups for loss in group.losses if math.isfinite(loss)]
-    choices = sorted({found.get("rows_a_step", 0) for found, _ in done})
-    for i, rows in enumerate(choices):
-        points = [(found["learning_rate"], loss) for found, loss in done
-                  if found.get("rows_a_step", 0) == rows]
-        ax.plot(*zip(*points), color=list(PALETTE.values())[i], marker=MARKERS[i], linestyle="",
-                alpha=0.8, label=f"{rows} rows a step" if rows else None)
-    ax.plot(best["learning_rate"], _named(groups, best).mean, "o", markersize=16, fillstyle="none",
-            color=TEXT, markeredgewidth=2, label="chosen (mean)")
-    ax.axvline(plan.default["learning_rate"], color=TEXT, linestyle=":", label="default rate")
-    losses = [loss for _, loss in done]
-    log_axis(ax, "x")
-    if max(losses) > 2 * min(losses):
-        log_axis(ax, "y", steps=(1, 1.5, 2, 3, 4, 5, 6, 8))
-    low, high = plan.space["learning_rate"]
-    ax.set(xlabel="learning rate", ylabel="held-out loss, nats a token",
-           xlim=(low / 1.1, high * 1.1))
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
-
 # %% ../../nbs/reference/program/sweep.ipynb #a8a04108
 def _search(plan, n, folder): # a DataFrame from `sweep`
     from sftlab.files.sweeps import read_runs, write_runs
@@ -424,12 +397,12 @@ def _search(plan, n, folder): # a DataFrame from `sweep`
     with redirect_stderr(io.StringIO()):
         return sweep(runs, plan.space, n, file, seed)
 
-def _write_picture(plan, groups, best, folder):
-    from sftlab.plots import figure
-    fig, ax = figure()
-    plot_sweep(ax, groups, plan, best)
-    ax.set(title=f"{Path(plan.settings['data'][0]).name}: {plan.settings['model']}, "
-                 f"{plan.settings['method']}")
+def _write_picture(plan, table, best, folder):
+    from sftlab.figures.sweeps import plot_sweep
+    series = "rows_a_step" if "rows_a_step" in plan.space else None
+    fig = plot_sweep(table, best, series, plan.default["learning_rate"])
+    fig.axes[0].set(title=f"{Path(plan.settings['data'][0]).name}: {plan.settings['model']}, "
+                          f"{plan.settings['method']}")
     (folder / "sweep.png").unlink(missing_ok=True) # of this sweep, stopped before its end
     save_figure(fig, folder / "sweep.png")
 
@@ -455,10 +428,7 @@ def run_sweep(
         say("", "stopped with Ctrl-C, it goes on when the same command is given again")
         table = _search(plan, n, folder)
     best, groups = chosen(table), tried(table)
-    if not math.isfinite(_named(groups, best).mean):
-        raise FinetuneError(f"{folder}: of the best settings each failed with one seed or more "
-                            f"({_named(groups, best).error}): give a smaller --learning-rate")
-    _write_picture(plan, groups, best, folder)
+    _write_picture(plan, table, best, folder)
     write_json(folder / "best.json", _best_file(plan, best))
     print(f"\n{table_text(groups, plan, best)}\n")
     say("best", _in_words(best))
