@@ -54,6 +54,8 @@ def _(rng):
         grid(1e-4, 2, 1.5, 1.6, 1.7, inf), grid(1e-4, 3, 3.0, 2.9, 0.4), grid(2e-5, 5, 0.7, 2, 4),
         grid(1e-4, 4, 2.0, 1.2, 1.3, inf), grid(3e-4, 2, 4.0, 3.0, 2.5, 2.4, 2.3),
         grid(1e-3, 3, 0.9, inf, inf), grid(5e-5, 4, 2.2, 2.1, 2.15, 3.0),
+        grid(1e-4, 3, 2.0, 1.2, 1.8, 1.7), grid(2e-4, 5, 1.7, 1.9, 1.2, 1.5),
+        grid(1e-5, 4, 1.5, 1.9, 1.7, 1.2), grid(1e-3, 2, 1.0, 1.9, 1.7, 1.2),
         grid(1e-2, 2, 1.4, 1.2, 1.7), grid(2e-4, 3, *some(n, n - 1)), grid(1e-3, 2, *some(n, 0)),
         grid(1e-5, 10, *some(n, rng.randint(1, n - 2))), grid(2e-3, 5, *some(3, 2)),
         grid(4e-4, 2, *some(5, 0))]
@@ -147,6 +149,29 @@ def _(losses): return _next(losses, step=lambda rates: 1)
 
 @q1.mistake("always the best", "you return the best rate. The one to try next is asked for.")
 def _(losses): return min(losses, key=losses.get)
+
+@q1.mistake("better than its neighbour",
+    "you compare an end with its neighbour. It must be better than *all* others.")
+def _(losses):
+    def pick(rates, key):
+        if key(rates[-1]) < key(rates[-2]):
+            return rates[-1]
+        return rates[0] if key(rates[0]) < key(rates[1]) else None
+    return _next(losses, pick)
+
+@q1.mistake("better than its neighbour, the lower end first",
+    "you compare an end with its neighbour. It must be better than *all* others.")
+def _(losses):
+    def pick(rates, key):
+        if key(rates[0]) < key(rates[1]):
+            return rates[0]
+        return rates[-1] if key(rates[-1]) < key(rates[-2]) else None
+    return _next(losses, pick)
+
+@q1.mistake("the better end",
+    "you go beyond the better of the two ends, even where the best rate lies inside.")
+def _(losses):
+    return _next(losses, lambda rates, key: min(rates[0], rates[-1], key=key))
 
 @q1.mistake("inwards",
     "you go from the end back into the grid. A better rate may lie beyond it.")
@@ -325,7 +350,7 @@ def _(rows, fits, cards): return _batches(rows, fits, cards, end=lambda n, m, *_
 def _(rows, fits, cards): return _batches(rows, fits, cards, strict=False)
 
 @q2.mistake("another error", "the error is to be a `ValueError`. (`assert` raises another.)")
-def _(rows, fits, cards): return _batches(rows, fits, cards, refuse=AssertionError)
+def _(rows, fits, cards): return _batches(rows, fits, cards, refuse=Exception)
 
 @q2.mistake("refuses what does not fill the cards",
     "you refuse what `fits` does not divide. Fewer rows at once may divide it.")
@@ -917,26 +942,30 @@ def _tiny_loss(method, rate):
     return round(evaluate_nll(model, rows[16:], **PADDING_FREE).nll, 4)
 
 class Spent(Exception):
-    "Raised where a seventh run is asked for."
+    "Raised where a seventh run is asked for, or the same without an end."
 
 @dataclass
 class Runs:
     "Six runs of a model: called with a rate, returns the held-out loss."
     model:object
     known:dict = field(default_factory=dict, compare=False, repr=False)
-    asked:bool = field(default=False, compare=False, repr=False) # for a seventh
+    asked:int = field(default=0, compare=False, repr=False) # how often
+    ended:str = field(default="", compare=False, repr=False) # why it runs no more
 
     def __call__(self, rate):
-        rate = one_digit(rate)
+        rate, self.asked = one_digit(rate), self.asked + 1
         if rate not in self.known and len(self.known) == 6:
-            self.asked = True
-            raise Spent("the six runs are spent")
+            self.ended = "more than six runs"
+            raise Spent(self.ended)
+        if self.asked > 200:
+            self.ended = "asks for the same rates without an end"
+            raise Spent(self.ended)
         if rate not in self.known:
             self.known[rate] = self.model(rate)
         return self.known[rate]
 
 q5 = Question("sweeps.six_runs", "Six runs", find,
-    stars=2, minutes=15, seconds=60,
+    stars=2, minutes=15, seconds=30,
     example=lambda: (Runs(Model(0.002)), 0.00003, 1.1),
     hints=[
         ("With steps of 2 six runs come as far as 32. How large must a step be, to go 100 times "
@@ -965,16 +994,16 @@ def _(rng):
                 return found
     _tiny_rows() # not in an answer's time
     return [one(-1.8), one(1.8), one(-1.0), one(1.0), one(-1.5), one(1.5), one(-0.6), one(0.6),
-            one(1.3), one(-1.3), (Runs(Tiny("full")), 1e-5, 0.85), (Runs(Tiny("lora")), 0.1, 0.85)]
+            one(1.3), one(-1.3), (Runs(Tiny("full")), 3e-5, 0.85), (Runs(Tiny("lora")), 0.1, 0.85)]
 
 @q5.called
 def _(function, run, start, limit):
     try:
         found = function(run, start, limit)
-    except Spent:
-        return "more than six runs"
-    if run.asked:
-        return "more than six runs"
+    except Spent as spent:
+        return str(spent)
+    if run.ended:
+        return run.ended
     if found is None:
         return None
     found = found.item() if hasattr(found, "item") else found
