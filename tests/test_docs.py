@@ -77,6 +77,11 @@ def test_the_sidebars_list_every_page_once_in_the_same_order(lists):
     assert [page for bar in bars for page in lists.leaves(bar["contents"])] == RENDER
 
 
+def test_every_notebook_has_a_title_of_its_own(docs):
+    titles = [docs.page_title(name) for name in NOTEBOOKS if name in RENDER] + ["Exercises"]
+    assert sorted(set(titles)) == sorted(titles)
+
+
 def test_what_learners_read_is_apart_from_what_is_inside(lists):
     bars = {bar["id"]: list(lists.leaves(bar["contents"])) for bar in CONFIG["website"]["sidebar"]}
     inside = bars.pop("reference")
@@ -361,7 +366,7 @@ def use(
     thing, # any
     how="well", # or badly
 ): # what came of it
-    """Use it. Raises a `LoRAError` for nothing."""
+    """Use it as an <img>, or `<b>`. Raises a `LoRAError` for nothing."""
     return thing
 
 class Wrong(ValueError):
@@ -382,13 +387,15 @@ def made(docs, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("wanted", [
     'description: "What it is for."', "[7 · LoRA](../nbs/07_lora.ipynb)",
-    "| [`Thing`](#Thing) | A thing. (A kind of `Base`.) |", "| [`use`](#use) | Use it. |",
+    "| [`Thing`](#Thing) | A thing. (A kind of `Base`.) |",
+    "| [`use`](#use) | Use it as an \\<img>, or `<b>`. |",
     'class Thing(size: int = 8, *, name: str = \'x|y\')',
     "| `size` | `int` | `8` | in cm |", r"| `name` | `str` | `'x\|y'` | shown |",
     "### Thing.grow {#Thing.grow}", "**Returns** the new size, (batch, length)",
     "**Raises** `ValueError`", "use(thing, how='well')",
     "| `how` | `'well'` | or badly |", "**Returns** what came of it",
     "**Raises** [`LoRAError`](errors.qmd#LoRAError)", "class Wrong(ValueError)",
+    "\n\nUse it as an \\<img>, or `<b>`.",
     "## Values", "LIMIT = 3", "things", "https://code/sftlab/made.py#L8"])
 def test_an_api_page_says(made, wanted):
     assert wanted in made

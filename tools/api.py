@@ -231,6 +231,15 @@ def cell(
     return " ".join(words.split()).replace("|", r"\|")
 
 
+def as_words(
+    words:str, # Markdown
+) -> str: # the same, in which <img> is a word and no picture
+    "Code is left as it is."
+    parts = re.split(r"(`[^`]+`)", words)
+    parts[::2] = [re.sub(r"<(?=[A-Za-z/!])", r"\\<", part) for part in parts[::2]]
+    return "".join(parts)
+
+
 def code(
     words:str, # Python
 ) -> str: # the same in backticks, for a table
@@ -281,7 +290,7 @@ def linked(
         if name in here:
             return f"[`{name}`](#{name})"
         return error_link(name, page.name) if name in errors() else found[0]
-    return re.sub(r"(?<!\[)`(\w+)`", link, words)
+    return re.sub(r"(?<!\[)`(\w+)`", link, as_words(words))
 
 
 def parameter_table(
@@ -329,7 +338,7 @@ def contents(
     "Every name with a line about it."
     lines = ["| name | what it is |", "|---|---|"]
     for symbol in page.symbols:
-        told = cell(first_sentence(symbol.doc)) or code(symbol.signature)
+        told = as_words(cell(first_sentence(symbol.doc))) or code(symbol.signature)
         lines.append(f"| [`{symbol.name}`](#{symbol.name}) | {told} |")
     return "\n".join(lines) + "\n"
 
