@@ -1027,7 +1027,6 @@ def _steps(run, start, limit, factors=(10, 0.1), most=6, finer=True, middle=None
            take=None):
     losses = {}
     def loss(rate):
-        rate = one_digit(rate)
         if rate not in losses:
             losses[rate] = run(rate)
         return losses[rate]
