@@ -1033,15 +1033,20 @@ def _steps(run, start, limit, factors=(10, 0.1), most=6, finer=True, middle=None
     def best(): return min(losses, key=losses.get)
     loss(start)
     for factor in factors:
-        while len(losses) < most and loss(best()) > limit and loss(best() * factor) < math.inf:
+        while len(losses) < most and loss(best()) > limit:
+            known = len(losses)
+            if loss(best() * factor) == math.inf or len(losses) == known:
+                break
             if best() != list(losses)[-1]:
                 break
     middle = middle or (lambda a, b: math.sqrt(a * b))
     while finer and len(losses) < most and loss(best()) > limit:
-        at, tried = best(), sorted(losses)
+        at, tried, known = best(), sorted(losses), len(losses)
         near = [r for r in (max((r for r in tried if r < at), default=None),
                             min((r for r in tried if r > at), default=None)) if r]
         loss(middle(at, min(near, key=losses.get)))
+        if len(losses) == known: # nothing new to one digit
+            break
     if take:
         return take(losses)
     return list(losses)[-1] if last else best()
