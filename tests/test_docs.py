@@ -311,7 +311,8 @@ def test_lessons_are_found_first(docs):
                             for name in names])
     assert [entry["href"] for entry in made] == [names[i] for i in (4, 6, 3, 5, 2, 0, 1)]
     assert [len(entry["title"].split()) > 1 for entry in made] == [False] * 5 + [True] * 2
-    assert [entry["section"] for entry in made] == ["Use"] * 2 + ["Use, in LoRA"] * 5
+    assert [entry["section"] for entry in made] == ["Use"] * 2 + [
+        "Use, in a part of the course that is no lesson"] * 5
     assert [entry["text"] for entry in made] == ["words"] * 5 + ["", "words"]
 
 

@@ -385,11 +385,12 @@ def searchable(
     entries:list, # of search.json
 ) -> list: # the same, in the order in which equal finds are shown
     """Words lead to lessons first. A find counts more in a short heading, so those of other pages
-    get longer ones; and of the reference, names are searched and not their tables."""
+    get longer ones, without the page's title; of the reference, names are searched and not their
+    tables."""
     for entry in entries:
         rank = search_rank(entry)
         if rank and entry.get("section"):
-            entry["section"] += f", in {entry['title']}"
+            entry["section"] += ", in a part of the course that is no lesson"
         if rank > 4:
             entry["title"] += ", a page on how the course is built"
         if entry["href"].startswith("api/"):
