@@ -103,7 +103,8 @@ def falls_behind(
 def best_settings(
     runs:list, # of dicts with `settings` and `loss`
     n:int,
-) -> list: # of n different settings, the best first; fewer if fewer were tried
+) -> list: # settings, the best first; fewer than `n` if fewer were tried
+    "The `n` best of the settings that were tried, each once."
     best = []
     for run in sorted(runs, key=lambda run: run["loss"]):
         if run["settings"] not in best:
