@@ -94,6 +94,7 @@ def grown(tmp_path_factory):
              ("code", "assert double(2) == 4"))
     master = json.loads((ROOT / "exercises/solutions/02_data.ipynb").read_text())
     sources = ["".join(c["source"]) for c in master["cells"]]
+    sources[0] = re.sub("^# .*", f"# Exercises {number}: doubling", sources[0])
     parts = [(c["cell_type"], s.replace("default_exp study.checks.data",
                                         "default_exp study.checks.doubling"))
              for c, s in zip(master["cells"], sources)]
