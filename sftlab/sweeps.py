@@ -148,6 +148,7 @@ def sweep(
         write_runs(file, runs, space, n, seed)
     return pd.DataFrame([r["settings"] | {k: r[k] for k in KEPT} for r in runs])
 
+# %% ../nbs/12_hyperparameters.ipynb #h23
 def chosen(
     runs, # a DataFrame from `sweep`
 ) -> dict: # settings
