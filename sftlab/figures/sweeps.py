@@ -199,10 +199,10 @@ def plot_epochs(
         below.set(xlabel="epochs", ylabel="")
         log_axis(below, "x", (1, 2, 4, 8))
         log_axis(above, "y")
-        below.set_xticks(sorted(runs.epochs.unique()))
+        below.set_xticks(sorted(table.epochs.unique()))
     axes[0][0].set_ylabel("loss, nats a token")
     axes[1][0].set_ylabel("exact match, %")
-    axes[0][0].legend()
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return fig
 
 # %% ../../nbs/reference/figures/sweeps.ipynb #fw18
