@@ -30,7 +30,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_notebooks import run
+from test_notebooks import run, run_quickly
 
 from sftlab import errors
 from sftlab.study import exercises as ex
@@ -329,7 +329,7 @@ def test_notebook_runs_untouched_and_solved(name, tmp_path):
     path, log = tmp_path / name, tmp_path / "refused"
     parts = ("untouched", untouched, NOTHING_KEPT), ("solved", full)
     nbformat.write(one_after_another(*parts), path)
-    run(path, log, limit=300)
+    run(path, log, 300, run_quickly)
     assert not log.exists()
     kept = json.loads((tmp_path / pr.PROGRESS).read_text())
     assert {entry["state"] for entry in kept.values()} == {"right", "3 of 5 points"}
@@ -344,7 +344,7 @@ def test_a_master_runs(name, tmp_path):
     That is once more what `test_wrong_answers_are_rejected_by_name` does without a kernel.
     """
     log = tmp_path / "refused"
-    run(shutil.copy(MASTERS[name], tmp_path / name), log, limit=300)
+    run(shutil.copy(MASTERS[name], tmp_path / name), log, 300, run_quickly)
     assert not log.exists()
 
 
@@ -356,7 +356,7 @@ def test_one_part_leaves_no_name_to_the_next(tmp_path):
     path = tmp_path / "x.ipynb"
     nbformat.write(one_after_another(("one", one), ("two", two)), path)
     with pytest.raises(RuntimeError, match="name 'x' is not defined"):
-        run(path, tmp_path / "refused", limit=60)
+        run(path, tmp_path / "refused", 60, run_quickly)
 
 
 # --- what a learner sees

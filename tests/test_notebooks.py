@@ -15,6 +15,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from forked import CAN_COPY, run_copy
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("nbs/**/*.ipynb"))
@@ -122,24 +123,33 @@ def test_pictures_have_an_alternative_text(name):
     assert [tag[:60] for tag in images if not re.search(r'alt="[^"]{15,}"', tag)] == []
 
 
-def run(path, log, limit, python=sys.executable):
-    """Run a notebook in its own folder, in a process that can reach nothing but this machine.
-
-    Return the seconds it took. A notebook that fails, or takes more than `limit` seconds, raises a
-    RuntimeError with the cell and its error.
-    """
-    guard = {"PYTHONPATH": str(ROOT / "tests/offline"), "SFTLAB_OFFLINE_LOG": str(log)}
+def run_anew(path, limit, variables, python=sys.executable):
+    "Run a notebook as a reader does, in a new process; a RuntimeError says what went wrong."
     command = [python, "-c", "from nbclient.cli import main; main()",
                f"--timeout={limit:.0f}", "--kernel_name=python3", path]
-    started = time.perf_counter()
     try:
-        done = subprocess.run(command, env=os.environ | guard, capture_output=True, text=True,
+        done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True,
                               timeout=limit + 30)
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"not done after {limit + 30:.0f} s") from None
     if done.returncode:
         text = re.sub(r"\x1b\[[0-9;]*m", "", done.stderr)
         raise RuntimeError(text[max(text.rfind("nbclient.exceptions."), 0):])
+
+
+run_quickly = run_copy if CAN_COPY else run_anew  # for what readers do not open
+each_way = pytest.mark.parametrize("how", [run_anew, run_quickly], ids=["anew", "quickly"])
+
+
+def run(path, log, limit, how=run_anew, **options):
+    """Run a notebook in its own folder, in a process that can reach nothing but this machine.
+
+    Return the seconds it took. A notebook that fails, or takes more than `limit` seconds, raises a
+    RuntimeError with the cell and its error.
+    """
+    guard = {"PYTHONPATH": str(ROOT / "tests/offline"), "SFTLAB_OFFLINE_LOG": str(log)}
+    started = time.perf_counter()
+    how(path, limit, guard, **options)
     return time.perf_counter() - started
 
 
@@ -148,7 +158,8 @@ def run(path, log, limit, python=sys.executable):
 def test_notebook_runs(name, tmp_path, record_property):
     budget, log, failure = BUDGET.get(name, 30), tmp_path / "refused", None
     try:
-        seconds = run(copy_course(tmp_path) / name, log, limit=3 * budget * FACTOR)
+        how = run_quickly if name.startswith("nbs/reference/") else run_anew
+        seconds = run(copy_course(tmp_path) / name, log, limit=3 * budget * FACTOR, how=how)
     except RuntimeError as error:
         failure = f"{name}: {error}"
     if failure:
@@ -167,17 +178,39 @@ def one_cell(folder, source):
 
 
 @pytest.mark.slow
+@each_way
 @pytest.mark.parametrize("source, error", [
     ("1 / 0", "ZeroDivisionError"), ("import os; os._exit(1)", "DeadKernelError")])
-def test_a_failing_cell_fails(source, error, tmp_path):
+def test_a_failing_cell_fails(source, error, how, tmp_path):
     with pytest.raises(RuntimeError, match=error):
-        run(one_cell(tmp_path, source), tmp_path / "log", limit=60)
+        run(one_cell(tmp_path, source), tmp_path / "log", 60, how)
 
 
 @pytest.mark.slow
-def test_a_cell_that_hangs_fails(tmp_path):
+@each_way
+def test_a_cell_that_hangs_fails(how, tmp_path):
     with pytest.raises(RuntimeError, match="(?s)CellTimeoutError.*time.sleep"):
-        run(one_cell(tmp_path, "import time; time.sleep(600)"), tmp_path / "log", limit=3)
+        run(one_cell(tmp_path, "import time; time.sleep(600)"), tmp_path / "log", 3, how)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CAN_COPY, reason="copies of a process are made on Linux alone")
+def test_a_copy_is_as_good_as_new(tmp_path):
+    "No module of the course or of another notebook; names, folder, seed of a new process."
+    source = """
+import os, random, sys
+assert not [name for name in sys.modules if name.startswith(("sftlab", "test_", "conftest"))]
+assert "torch" in sys.modules and not [p for p in sys.path if p.endswith("tests")], sys.path
+assert os.getcwd() == FOLDER and not os.path.exists("drawn")
+open("drawn", "w").write(str(random.random()))
+sys.modules["sftlab"] = x = 1
+""".replace("FOLDER", repr(str(tmp_path)))
+    drawn = set()
+    for _ in range(2):
+        run(one_cell(tmp_path, source), tmp_path / "log", 60, run_copy)
+        drawn.add((tmp_path / "drawn").read_text())
+        (tmp_path / "drawn").unlink()
+    assert len(drawn) == 2
 
 
 LIBRARY = "import urllib.request; urllib.request.urlopen('http://example.com', timeout=5)"
@@ -190,10 +223,11 @@ subprocess.run([sys.executable, '-c', code], check=True)
 
 
 @pytest.mark.slow
+@each_way
 @pytest.mark.parametrize("source", [LIBRARY, ADDRESS, PROCESS], ids=["lib", "address", "process"])
-def test_a_download_fails_and_shows(source, tmp_path):
+def test_a_download_fails_and_shows(source, how, tmp_path):
     with pytest.raises(RuntimeError, match="may not use the network|CalledProcessError"):
-        run(one_cell(tmp_path, source), tmp_path / "log", limit=60)
+        run(one_cell(tmp_path, source), tmp_path / "log", 60, how)
     assert (tmp_path / "log").read_text().split()[0] in ("example.com", "93.184.215.14")
 
 

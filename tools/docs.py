@@ -36,6 +36,16 @@ PICTURE = re.compile(r'(<img\b[^>]*?)src="data:image/png;base64,([^"]+)"')
 LINK = re.compile(r'(\]\(|\b(?:href|src|srcset)=")([^)\s"]+)(?=[)\s"])')
 IMAGE = re.compile(r"^!\[([^\]]+)\]\((\S+)\)$", re.M)
 CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.S | re.M)
+PERCENT = re.compile(r"(?<=\d) %")
+# Where the site's search may find something, and what it then says of a heading there.
+PLACES = {
+    r"nbs/\d\d_": "",
+    "nbs/labs/": ", in a lab on a graphics card",
+    "exercises/": ", in an exercise of the course",
+    "nbs/[^/]*$": ", on a page about the course",
+    "nbs/reference/[^/]*$": ", in a guide to the programs",
+    "api/": ", in the reference of the package",
+    "": ", in how the course is built"}
 
 
 @lru_cache(None)
@@ -223,12 +233,13 @@ def with_links(
     text:str, # Markdown of a page
     name:str, # of the page
 ) -> str: # the same, its links as on the site
-    "Code is left as it is."
+    "No line ends between a number and its %. Code is left as it is."
     parts = CODE.split(text)
     if name in colab.course_notebooks().values():  # there links are addresses, for Colab
         parts[::2] = [local_links(part, name, known()) for part in parts[::2]]
     parts[::2] = [LINK.sub(lambda m: m[1] + linked(m[2], name), described(part))
                   for part in parts[::2]]
+    parts[::2] = [PERCENT.sub("\N{NO-BREAK SPACE}%", part) for part in parts[::2]]
     return "".join(parts)
 
 
@@ -375,10 +386,9 @@ def home() -> str: # HTML
 def search_rank(
     entry:dict, # of search.json
 ) -> int: # the lower, the earlier
-    "Lessons before exercises, these before the rest, the insides of the package last."
-    starts = (r"nbs/\d\d_", "nbs/labs/", "exercises/", "nbs/[^/]*$", "nbs/reference/[^/]*$", "api/")
+    "Lessons before labs and exercises, these before the rest, the insides of the package last."
     href = entry["href"].partition("#")[0]
-    return next((n for n, start in enumerate(starts) if re.match(start, href)), len(starts))
+    return next(n for n, start in enumerate(PLACES) if re.match(start, href))
 
 
 def searchable(
@@ -389,10 +399,10 @@ def searchable(
     tables."""
     for entry in entries:
         rank = search_rank(entry)
-        if rank and entry.get("section"):
-            entry["section"] += ", in a part of the course that is no lesson"
+        if entry.get("section"):
+            entry["section"] += list(PLACES.values())[rank]
         if rank > 4:
-            entry["title"] += ", a page on how the course is built"
+            entry["title"] += list(PLACES.values())[rank]
         if entry["href"].startswith("api/"):
             entry["text"] = ""
     return sorted(entries, key=search_rank)
