@@ -193,6 +193,14 @@ def test_directives_of_nbdev_go_and_those_of_quarto_stay(docs):
     assert '"Show the code"' in drawn.source and len(drawn.outputs) == 1
 
 
+def test_imports_alone_are_folded(docs):
+    imports = "#| export\nimport math\nimport torch\n\ntorch.set_num_threads(1)"
+    assert '"Imports and set-up"' in code_cell(docs, imports).source
+    for other in ("import torch", imports + "\nx = 1", "x = 1\n" + imports,
+                  "%pip install a\nimport a\nimport b\nimport c"):
+        assert "code-fold" not in code_cell(docs, other).source
+
+
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 1200, 500)).decode()
 
 

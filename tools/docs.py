@@ -3,6 +3,7 @@
 Notebooks are written to _proc/ as Quarto wants them, with a page of documentation for each module,
 and Quarto makes the site from there. Nothing is executed: outputs are shown as they are kept.
 """
+import ast
 import base64
 import json
 import posixpath
@@ -113,14 +114,29 @@ def directives(
     return [line[2:].strip() for line in ours], [line for line in lines if line not in ours]
 
 
+def only_imports(
+    code:str, # of a cell, without directives
+) -> bool:
+    "Whether there are imports and no more: calls such as `optuna.logging.set_verbosity(…)` pass."
+    try:
+        found = ast.parse(code).body
+    except SyntaxError:  # one of IPython's commands
+        return False
+    imports = [isinstance(line, ast.Import | ast.ImportFrom) for line in found]
+    calls = [isinstance(line, ast.Expr) and isinstance(line.value, ast.Call) for line in found]
+    return any(imports[:1]) and all(map(max, imports, calls))
+
+
 def for_reading(
     cell, # of code
 ):
-    "Directives go. What is folded or hidden is shown folded: nobody can follow without imports."
+    """Directives go. What is folded or hidden is shown folded, for nobody can follow without its
+    imports; and so are imports alone, for a page does not begin with them."""
     marks, lines = directives(cell.source)
     if "hide" in marks:
         cell.outputs = []
-    if "hide" in marks or "#| code-fold: true" in lines:
+    fold = "hide" in marks or "#| code-fold: true" in lines
+    if fold or len(lines) > 3 and only_imports("\n".join(lines)) and not cell.outputs:
         lines = [line for line in lines if "code-fold" not in line]
         code = "\n".join(line for line in lines if not line.startswith("#|"))
         about = "Imports and set-up" if SETUP.match(code) else "Show the code"
