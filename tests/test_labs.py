@@ -29,6 +29,8 @@ from sftlab.labs.machine import LAB_PRESETS, Card, estimate_run, open_lab, what_
 from sftlab.memory import count_parameters
 from sftlab.models import load
 from sftlab.packing import PACKED, pack_rows
+from sftlab.rendering import prompt_ids
+from sftlab.templates import TEMPLATES
 from sftlab.tiny.world import as_messages, examples
 from sftlab.training import evaluate_nll, target_nll_sum
 
@@ -257,6 +259,95 @@ def test_next_to_a_base_in_float16_the_adapter_stays_in_float32(method, tmp_path
     from safetensors.torch import load_file
     saved = load_file(tmp_path / "out/adapter_model.safetensors")
     assert {t.dtype for t in saved.values()} == {torch.float32}
+
+
+# --- a base whose chat template adds thoughts
+
+QWEN3 = r"""
+{%- set last = namespace(question=-1) %}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}{% set last.question = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\n' }}
+    {%- if m.role == 'assistant' and loop.index0 > last.question %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+    {{- m.content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+OWN = machine.LabPreset(None, "lora", 46, 6, 256, 4, 1, 8, 8, 24, 5e-3)
+
+
+def save_qwen3(folder, template=QWEN3):
+    "A small random model of this type, whose template does with thoughts as Qwen3's does."
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    _, tokenizer = load("tiny")
+    tokenizer.chat_template = template
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, tie_word_embeddings=True,
+        max_position_embeddings=1024, initializer_range=0.2,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(params=["ours", "TRL's"])
+def qwen3(request, tmp_path, monkeypatch):
+    "A lab on such a model, from a local folder; with TRL's text of Qwen3's own template, too."
+    from trl.chat_template_utils import qwen3_chat_template
+    monkeypatch.setitem(LAB_PRESETS, "small", OWN)
+    monkeypatch.setenv("SFTLAB_PRESET", "small")
+    folder = save_qwen3(tmp_path / "qwen3", QWEN3 if request.param == "ours" else
+                        qwen3_chat_template)
+    return open_lab("test", folder, "mine.jsonl")
+
+
+def test_what_is_trained_is_what_is_asked(qwen3, capsys):
+    _, tokenizer = qwen3.load()
+    assert "plain ChatML, which is saved with the adapter" in capsys.readouterr().out
+    several = dict(messages=[*ROWS[0]["messages"], *ROWS[1]["messages"]])
+    for row in [*ROWS, several]:
+        [encoded] = encode_for_training(tokenizer, [row])
+        ids, labels, at = encoded["input_ids"], encoded["labels"], 0
+        for i, message in enumerate(row["messages"]):
+            if message["role"] == "assistant":
+                prompt = prompt_ids(tokenizer, row["messages"][:i])
+                end = ids.index(tokenizer.convert_tokens_to_ids("<|im_end|>"), len(prompt)) + 1
+                assert ids[:len(prompt)] == prompt and labels[at:len(prompt)] == [-100] * (
+                    len(prompt) - at)
+                assert labels[len(prompt):end] == ids[len(prompt):end]
+                assert tokenizer.decode(ids[len(prompt):end - 1]) == message["content"]
+                at = end
+
+
+def test_a_template_that_adds_nothing_stays(tmp_path, capsys):
+    model, tokenizer = load("tiny")
+    assert machine.plain_layout(model, tokenizer, "lora") is tokenizer
+    assert capsys.readouterr().out == ""
+    tokenizer.chat_template = None
+    assert "generation" in machine.plain_layout(model, tokenizer, "lora").chat_template
+    assert "came without a chat template" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_answer_that_is_learned_perfectly_is_right(qwen3):
+    "Two rows, until they are known by heart: exact match is 1, and each answer ends by itself."
+    lab = replace(qwen3, settings=replace(OWN, epochs=40, batch=2))
+    rows = [row for row in ROWS if len(row["messages"][-1]["content"]) < 24][:2]
+    model, tokenizer = lab.load()
+    run = runs.train(lab, model, tokenizer, rows * 4, rows)
+    after = runs.ask(lab, run.model, run.tokenizer, rows, keep=False)
+    assert [row["output"] for row in after.of("held out")] == [
+        row["messages"][-1]["content"] for row in rows]
+    table = runs.scores_table(dict(after=after))
+    assert table.loc["after", "right"] == table.loc["after", "stopped"] == 1
+    loaded = runs.train(lab, lab.load()[0], tokenizer, rows * 4, rows)  # from its folder
+    assert loaded.tokenizer.chat_template == tokenizer.chat_template != QWEN3
 
 
 # --- rows, and an adapter that is none
@@ -520,6 +611,41 @@ def test_model_and_data_are_named_in_one_cell(path):
 def test_no_output_holds_a_place_of_a_machine(path):
     outputs = [cell.outputs for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     assert not re.search(r"(?<![\w.:/])/(home|root|work|tmp|Users)/", json.dumps(outputs))
+
+
+def run_cells(path, folder):
+    "Run a lab's cells here, on another model, with a file in place of the hub's; its names."
+    from IPython.core.interactiveshell import InteractiveShell
+    rows = [as_messages(e)["messages"] for e in examples("train", 46)]
+    for messages in rows:  # learned soon
+        messages[-1]["content"] = "#### 4"
+    Path("mine.jsonl").write_text("\n".join(json.dumps(dict(messages=m)) for m in rows))
+    shell = InteractiveShell()
+    for source in code_of(path):
+        if "google.colab" in source:
+            continue
+        source = re.sub(r'model="Qwen/.*?"', f'model="{folder}"', source)
+        source = re.sub(r'data="[^"]*/.*?"', 'data="mine.jsonl"', source)
+        source = re.sub(r'^FILE = .*', 'FILE = "mine.jsonl"', source)
+        source = re.sub(r"columns=dict\(.*?\),", "", source)
+        done = shell.run_cell(source)
+        assert done.success, f"{source}\n{done.error_before_exec or done.error_in_exec!r}"
+    return shell.user_ns
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("qwen3", ["ours"], indirect=True)
+@pytest.mark.parametrize("path", LABS, ids=lambda path: path.stem)
+def test_a_labs_cells_do_with_a_base_that_adds_thoughts(path, qwen3, monkeypatch):
+    "Training, answers, merge and server agree, and a right answer is right."
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = run_cells(path, qwen3.named_model)
+    assert found["lab"].model == qwen3.named_model
+    assert "report" not in found or found["report"].ok  # the server's
+    saved = Path(found["run"].adapter, "chat_template.jinja").read_text()
+    assert saved == TEMPLATES["chatml"].jinja
+    assert {row["output"] for row in found["after"].of("held out")} == {"#### 4"}
+    assert set(found["after"].scores("held out")) == {1}
 
 
 def start(notebook):

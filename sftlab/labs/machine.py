@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['T4', 'L4', 'LAB_PRESETS', 'KNOWN', 'DRIVE', 'Card', 'this_card', 'LabPreset', 'choose_preset', 'config_of',
-           'mount_drive', 'in_short', 'work_folder', 'Lab', 'one_line_errors', 'estimate_run', 'open_lab',
-           't4_estimates', 'plot_on_card', 'fits_table', 'what_to_halve', 'is_out_of_memory', 'memory_advice']
+           'on_colab', 'mount_drive', 'in_short', 'work_folder', 'Lab', 'added_to_answers', 'plain_layout',
+           'one_line_errors', 'estimate_run', 'open_lab', 't4_estimates', 'plot_on_card', 'fits_table', 'what_to_halve',
+           'is_out_of_memory', 'memory_advice']
 
 # %% ../../nbs/reference/labs/machine.ipynb #lm04
 import os
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from html import escape
@@ -100,6 +102,8 @@ def config_of(
 # %% ../../nbs/reference/labs/machine.ipynb #lm12
 DRIVE = Path("/content/drive/MyDrive") # where Colab shows Google Drive
 
+def on_colab() -> bool: return "google.colab" in sys.modules
+
 def mount_drive() -> Path: # the folder in which labs keep their runs
     "Ask Colab to show Google Drive, so that a run outlives its machine; elsewhere do nothing."
     try:
@@ -121,7 +125,7 @@ def in_short(path) -> str: # from here, where it is below
 
 def work_folder() -> Path: # on Drive where it is mounted, else here
     "Where labs keep their runs."
-    return DRIVE / "sftlab" if DRIVE.is_dir() else Path("runs").resolve()
+    return DRIVE / "sftlab" if on_colab() and DRIVE.is_dir() else Path("runs").resolve()
 
 # %% ../../nbs/reference/labs/machine.ipynb #lm14
 @dataclass(frozen=True)
@@ -153,8 +157,9 @@ class Lab:
     def load(self): # the base model and its tokenizer
         "Load the base; a `ModelError` where that cannot be, a `TrainingError` without room."
         with memory_advice(self):
-            return load(self.model, device=self.device, dtype=self.dtype,
-                        four_bit=self.method == "qlora")
+            model, tokenizer = load(self.model, device=self.device, dtype=self.dtype,
+                                    four_bit=self.method == "qlora")
+        return model, plain_layout(model, tokenizer, self.method)
 
     def estimate(self, **changes): # an `Estimate`
         "The memory of the training, predicted; a `MemoryEstimateError` where there is no formula."
@@ -175,6 +180,44 @@ class Lab:
                                         (name, *cells)) + "</tr>"
                        for name, cells in _choices(self).items())
         return f"<table>{rows}</table>"
+
+# %% ../../nbs/reference/labs/machine.ipynb #lm29
+_TRIAL = [dict(role=role, content=text) for role, text in (
+    ("user", "What is two and two?"), ("assistant", "Four."),
+    ("user", "And two and three?"), ("assistant", "Five."))]
+
+def added_to_answers(
+    tokenizer, # with a chat template
+) -> list: # strings: what comes between each prompt in use and its answer; None: other prompts
+    "What a chat template adds to answers in training; errors as `encode_for_training`."
+    from sftlab.finetune import encode_for_training
+    from sftlab.rendering import prompt_ids
+    [row] = encode_for_training(tokenizer, [dict(messages=_TRIAL)])
+    ids, added = row["input_ids"], []
+    for i in (1, 3):
+        prompt = prompt_ids(tokenizer, _TRIAL[:i])
+        before, answer, _ = tokenizer.decode(ids[len(prompt):]).partition(_TRIAL[i]["content"])
+        added.append(before if answer and ids[:len(prompt)] == prompt else None)
+    return added
+
+def plain_layout(
+    model, # may get new tokens
+    tokenizer, # stays as it is
+    method:str, # "lora" or "qlora"
+): # the tokenizer, or a copy with the plain ChatML template
+    """Choose ChatML where the model's own template trains something else than it asks, or there is
+    none; a `FinetuneError` where the model has no tokens for that."""
+    from sftlab.finetune import use_template
+    added = added_to_answers(tokenizer) if tokenizer.chat_template else None
+    if added == ["", ""]:
+        return tokenizer
+    why = "the model came without a chat template"
+    if added:
+        extra = next((text for text in added if text), "")
+        why = ("the model's own template lays answers out otherwise in training than in use"
+               + f" ({extra!r} comes first)" * bool(extra))
+    print(f"Laid out in plain ChatML, which is saved with the adapter: {why}.")
+    return use_template(model, tokenizer, "chatml", method)
 
 # %% ../../nbs/reference/labs/machine.ipynb #lm27
 def one_line_errors():
