@@ -6,6 +6,7 @@ its kernel a copy of that, with nothing of another notebook in it and no module 
 Only on Linux: elsewhere a copy may lack what the libraries have started.
 """
 import asyncio
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -78,6 +79,7 @@ def execute(path, limit, said, variables):
     import nbformat
     from jupyter_client.provisioning import local_provisioner
     from nbclient import NotebookClient
+    gc.freeze()  # what is here for good need not be searched for garbage, again and again
     os.environ.update(variables)
     sys.path[:] = ["", *(p for p in sys.path if p != str(HERE))]  # tests have put theirs there
     spec = importlib.util.spec_from_file_location("offline", HERE / "offline/sitecustomize.py")
