@@ -22,6 +22,8 @@ import pytest
 import torch
 
 from sftlab.errors import DataError, LoRAError, ModelError, OutputError, SftlabError, TrainingError
+from sftlab.evaluation import fingerprint
+from sftlab.figures.labs import in_parts
 from sftlab.finetune import add_lora, default_learning_rate, encode_for_training, finetune
 from sftlab.guards.memory import room_on
 from sftlab.labs import machine, runs, sharing
@@ -146,7 +148,7 @@ def test_a_t4_has_room_for_the_preset(name, billions):
 
 
 def test_the_named_models_fit_where_the_labs_say():
-    assert all(e.total < room_on(14.56) for e in machine.t4_estimates().values())
+    assert all(e.total < room_on(14.56) for e in machine.t4_estimates(a_lab()).values())
     large = machine.config_of("Qwen/Qwen3-8B-Base")
     assert 1.2 * estimate_run(large, LAB_PRESETS["gpu"], "lora", torch.bfloat16).total > 2**30 * 20
     assert estimate_run(large, LAB_PRESETS["gpu"], "lora", torch.bfloat16).total < room_on(22)
@@ -166,9 +168,34 @@ def test_the_learning_rates_are_those_of_finetune():
         assert settings.learning_rate == default_learning_rate(of, settings.method)
 
 
-def test_a_card_has_its_name_and_both_units_at_its_line():
-    fig = machine.plot_on_card(machine.t4_estimates(), machine.T4)
-    assert "T4: 14.56 GiB = 15.6 GB" in [t.get_text() for t in fig.legends[0].get_texts()]
+def test_memory_is_drawn_in_four_parts_with_a_mark_at_nine_tenths():
+    estimates = machine.t4_estimates(a_lab())
+    fig = machine.plot_on_card(estimates, machine.T4)
+    texts = [t.get_text() for t in fig.legends[0].get_texts()]
+    assert texts[:2] == ["T4: 15.6 GB", "90 %: 14.1 GB"] and len(texts) <= 6
+    for e in estimates.values():
+        assert sum(in_parts(e.terms).values()) == pytest.approx(e.total / 1e9)
+
+
+def test_tables_and_pictures_are_of_the_settings_that_the_lab_names():
+    "A lab with `batch=1` is not shown with the preset's batch."
+    lab = open_lab("test", LARGE, DATA, preset="tiny", batch=1)
+    table = machine.fits_table(lab)
+    assert list(table) == ["here", "t4", "gpu"] and set(table.loc["batch"]) == {1}
+    assert table.loc["learning_rate", "t4"] == "0.0002" and table.loc["method", "gpu"] == "lora"
+    e = estimate_run(machine.config_of(LARGE), replace(LAB_PRESETS["t4"], batch=1), "qlora",
+                     torch.float16)
+    assert lab.on("t4").estimate().total == e.total == machine.t4_estimates(lab)[
+        "Qwen3-8B-Base"].total
+    assert table.loc["predicted_memory", "t4"] == f"{e.total / 1e9:.2f} GB"
+
+
+def test_the_largest_batch_that_fits_leaves_a_tenth_of_the_card():
+    lab = open_lab("test", LARGE, DATA, preset="tiny", batch=1)
+    table = machine.what_fits(lab, (machine.L4,), (2048, 65_536))
+    n, none = table.iloc[:, 0]
+    there, room = lab.on("gpu"), 0.9 * machine.L4.gb * 1e9
+    assert none == 0 and there.estimate(batch=n).total < room <= there.estimate(batch=2 * n).total
 
 
 def test_what_is_chosen_is_all_in_the_table():
@@ -210,7 +237,7 @@ def test_out_of_memory_in_any_words_becomes_one_line(card, error):
     card((7, 5))
     with pytest.raises(TrainingError) as e, machine.memory_advice(a_lab(batch=64)):
         raise error
-    assert "\n" not in str(e.value) and "Tesla T4 (14.6 GiB)" in str(e.value)
+    assert "\n" not in str(e.value) and "Tesla T4 (15.6 GB)" in str(e.value)
     assert str(e.value).endswith("; take batch=32, accumulate=4, in open_lab(…)")
     assert e.value.__suppress_context__ and e.value.__cause__ is None
 
@@ -394,19 +421,27 @@ def test_packed_rows_have_the_loss_of_the_same_rows_alone():
     assert max(single) > of_all + 1
 
 
-def test_padding_is_compared_at_the_tokens_of_a_packed_row():
+def test_padding_is_compared_at_the_tokens_of_a_packed_row(capsys):
     _, tokenizer = load("tiny")
     rows = [as_messages(e) for e in examples("train", 40)]
     table = runs.fill_table(a_lab(preset="tiny"), tokenizer, rows)
     lengths = [len(row["input_ids"]) for row in encode_for_training(tokenizer, rows)]
     [n] = re.findall(r"padded, (\d+) rows", table.index[0])
     assert abs(int(n) * sum(lengths) / len(lengths) - 256) <= sum(lengths) / len(lengths) / 2
-    assert table["places"].dtype == int and table.loc["packed", "places"] % 256 == 0
+    assert table["token slots"].dtype == int and table.loc["packed", "token slots"] % 256 == 0
+    padded, packed = table["token slots"]
+    assert capsys.readouterr().out == (
+        f"{padded:,} to {packed:,} token slots: {100 * (1 - packed / padded):.0f} % less to "
+        "compute\n")
 
 
 def test_a_model_that_is_not_the_tiny_one_is_left_to_llama_cpp(tmp_path, capsys):
     assert sharing.export(tmp_path / "merged") is None  # nothing is loaded: there is nothing
-    assert "convert_hf_to_gguf.py merged --outfile merged.gguf" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "convert_hf_to_gguf.py merged --outfile merged.gguf" in said
+    assert "uv venv llama-env" in said and not re.search(r"^ *pip install", said, re.MULTILINE)
+    turn = r"<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n".replace(r"\n", "\n")
+    assert "FROM ./merged.gguf" in said and turn in said
 
 
 def test_what_a_merge_takes_is_said_before():
@@ -421,7 +456,7 @@ def test_an_adapter_that_changes_nothing_is_refused(tmp_path):
     model.save_pretrained(tmp_path / "adapter")  # B is zero
     model.generation_config.save_pretrained(tmp_path / "adapter")
     with pytest.raises(LoRAError, match="changes no logit"):
-        runs.check_reloaded(a_lab(), runs.LabRun(tmp_path, model, tokenizer, {}), ROWS[:1], None)
+        runs.check_reloaded(a_lab(), runs.LabRun(tmp_path, model, tokenizer, {}), ROWS[:1])
 
 
 def test_another_setting_is_another_run():
@@ -431,7 +466,140 @@ def test_another_setting_is_another_run():
     assert all(folder.parent == Path("runs").resolve() for folder in folders)
 
 
-# --- Colab: Drive, upload
+# --- rows that are too long
+
+def chat(*words): # a conversation with an answer of so many words to each question
+    turns = []
+    for n in words:
+        turns += [dict(role="user", content="Where?"),
+                  dict(role="assistant", content=" ".join(n * ["here"]))]
+    return dict(messages=turns)
+
+
+def test_a_row_that_is_too_long_ends_with_a_whole_answer(capsys):
+    "Else it would teach not to stop; one whose first answer is too long is left out, with a count."
+    _, tokenizer = load("tiny")
+    lab = a_lab(preset="tiny", max_length=64)
+    rows = [chat(3), chat(3, 5, 200), chat(200), chat(5, 200, 3), ROWS[0] | dict(topic="kept")]
+    fit = runs.keep_what_fits(lab, tokenizer, rows)
+    assert fit == [chat(3), chat(3, 5), chat(5), rows[4]] and rows[1] == chat(3, 5, 200)
+    assert capsys.readouterr().out == (
+        "4 of 5 rows are kept, 2 of them without their last turns; 1 are left out, whose first "
+        "answer ends after 64 tokens (max_length=64)\n")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for row in encode_for_training(tokenizer, fit):
+        assert len(row["input_ids"]) <= 64 and [n for n in row["labels"] if n != -100][-1] == end
+    with pytest.raises(DataError, match="no first answer is whole within 64 tokens"):
+        runs.keep_what_fits(lab, tokenizer, [chat(200)])
+
+
+def test_a_row_counts_with_all_its_tokens_in_the_picture(capsys, monkeypatch):
+    "Two halves below the limit are a row above it."
+    shown = []
+    monkeypatch.setattr("sftlab.plots.show", lambda fig, alt: shown.append(alt))
+    _, tokenizer = load("tiny")
+    row = dict(messages=[dict(role="user", content=" ".join(30 * ["here"])),
+                         dict(role="assistant", content=" ".join(30 * ["there"]))])
+    sharing.picture_of([row, ROWS[0]], tokenizer, 50)
+    assert "A histogram of 2 rows" in shown[0] and "1 are longer than the limit of 50" in shown[0]
+    said = capsys.readouterr().out
+    assert "1 of 2 rows are longer than max_length=50." in said
+    assert "Messages in a conversation, and how many have that: 2 (2)." in said
+
+
+# --- what a run takes, and leaves
+
+def test_the_peak_is_that_of_steps_alone(card, monkeypatch):
+    "A held-out pass between two steps is not counted, and what it left cached is given back."
+    card((7, 5))
+    held = dict(now=1, peak=0, reserved=0, emptied=0)
+    def take(size): held.update(peak=max(held["peak"], size), reserved=max(held["reserved"], size))
+    said = dict(reset_peak_memory_stats=lambda: held.update(peak=0), synchronize=lambda: None,
+                max_memory_allocated=lambda: held["peak"],
+                max_memory_reserved=lambda: held["reserved"],
+                empty_cache=lambda: held.update(reserved=0, emptied=held["emptied"] + 1))
+    for name, function in said.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    peak = runs._Peak()
+    take(900)  # before the first step
+    for size in (100, 300, 200):
+        peak.begin()
+        take(size)
+        peak.end()
+        take(900)
+        peak.empty = True  # as the meter says after a held-out pass
+    assert (peak.allocated, peak.reserved, held["emptied"]) == (300, 300, 3)
+
+
+def test_held_out_rows_are_measured_each_tenth_of_a_run_of_one_epoch():
+    assert [n for n in range(1, 101) if runs._is_a_tenth(n, 100, 1)] == [*range(10, 100, 10)]
+    assert [n for n in range(1, 76) if runs._is_a_tenth(n, 75, 3)] == [
+        7, 14, 21, 28, 35, 42, 49, 56, 63, 70]
+    assert not runs._is_a_tenth(50, 100, 2)  # the end of an epoch is measured anyway
+
+
+def test_old_checkpoints_are_emptied_and_deleted(tmp_path, monkeypatch):
+    "Drive keeps what is deleted: so nothing large is."
+    for step in (9, 10, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/weights").write_bytes(b"large")
+    sizes, delete = [], runs.shutil.rmtree
+    monkeypatch.setattr(runs.shutil, "rmtree", lambda folder, **options: (
+        sizes.append((folder.name, (folder / "weights").stat().st_size)),
+        delete(folder, **options)))
+    runs.drop_old_checkpoints(tmp_path)
+    assert sizes == [("checkpoint-9", 0)]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-100"}
+    assert (tmp_path / "checkpoint-10/weights").read_bytes() == b"large"
+
+
+def test_no_weights_are_copied_to_tell_models_apart():
+    "Only a sample of the base; an adapter's every number counts."
+    model, tokenizer = load("tiny")
+    model = add_lora(model, tokenizer)
+    sampled = runs._Sampled(model)
+    sizes = {name: p.numel() for name, p in sampled.state_dict().items()}
+    assert max(n for name, n in sizes.items() if "lora_" not in name) == 64
+    first = fingerprint(sampled, tokenizer)
+    assert first == fingerprint(sampled, tokenizer)
+    next(p for name, p in model.named_parameters() if "lora_B" in name).data[-1, -1] = 1e-3
+    assert fingerprint(sampled, tokenizer) != first
+
+
+def test_solved_examples_come_before_a_question(monkeypatch):
+    asked = []
+    monkeypatch.setattr("sftlab.evaluation.evaluate", lambda model, tokenizer, tasks, **_: (
+        asked.append(tasks[0].items)))
+    runs.ask(a_lab(preset="tiny"), None, None, ROWS[:1], solved=ROWS[1:3])
+    [[item]] = asked
+    assert item["messages"] == [*ROWS[1]["messages"], *ROWS[2]["messages"],
+                                *ROWS[0]["messages"][:-1]]
+
+
+def test_an_adapter_that_answers_otherwise_is_refused(monkeypatch, tmp_path):
+    "A few answers may differ, most may not."
+    model, tokenizer = load("tiny")
+    model = add_lora(model, tokenizer)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.fill_(1e-3)
+    model.save_pretrained(tmp_path / "adapter")
+    model.generation_config.save_pretrained(tmp_path / "adapter")
+    answers = iter([["a", "b", "c", "d"], ["a", "b", "c", "x"], ["a", "b", "c", "d"],
+                    ["a", "x", "x", "x"]])
+
+    def answer(*_, **__):
+        rows = [dict(output=text) for text in next(answers)]
+        return SimpleNamespace(of=lambda _: rows)
+
+    monkeypatch.setattr(runs, "ask", answer)
+    run = runs.LabRun(tmp_path, model, tokenizer, {})
+    assert runs.check_reloaded(a_lab(), run, ROWS[:4])["same_answers"] == 3
+    with pytest.raises(LoRAError, match="only 1 of 4 answers are as they were"):
+        runs.check_reloaded(a_lab(), run, ROWS[:4])
+
+
+# --- Colab: Drive, upload, no card
 
 @pytest.fixture
 def colab(monkeypatch):
@@ -471,6 +639,30 @@ def test_an_upload_that_is_none_is_one_line(colab, sent, said):
     assert "\n" not in str(e.value)
 
 
+def test_on_colab_without_a_card_it_says_in_bold_what_is_trained(colab, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
+    a_lab()
+    assert shown == []  # elsewhere the page says it
+    colab()
+    a_lab()
+    [said] = shown
+    assert said["text/html"].startswith(
+        f"<p><b>No GPU found: this run trains the tiny stand-in, NOT {MODEL}. To train that: "
+        "Runtime &gt; Change runtime type &gt; T4 GPU")
+    a_lab(preset="tiny")  # somebody wants it
+    assert len(shown) == 1
+
+
+def test_on_colab_a_sample_can_be_taken(colab):
+    colab(upload=lambda: pytest.fail("nobody uploads"))
+    rows, wrong = sharing.look_at(sharing.get_file("sample"))
+    assert len(rows) == 240 and len(wrong) == 4
+    said = wrong.iloc[:, 1].tolist()
+    assert said[1].endswith("(Invalid control character): fix it, or fetch the file again")
+    assert said[2] == "is the same as line 31: left out, the other is kept"
+
+
 def test_an_upload_is_taken(colab):
     colab(upload=lambda: {"mine.jsonl": b"{}"})
     assert sharing.get_file() == "mine.jsonl"
@@ -492,8 +684,8 @@ def test_an_error_that_a_person_can_fix_is_shown_as_one_line(monkeypatch, capsys
     done = shell.run_cell("fail()")
     assert isinstance(done.error_in_exec, SftlabError)
     assert capsys.readouterr().out.strip().splitlines() == [
-        "DataError: there is no file missing.jsonl: give its path, or leave the name empty to "
-        "upload one on Colab"]
+        'DataError: there is no file missing.jsonl: give its path, or "sample", or leave the name '
+        "empty to upload one on Colab"]
     shell.run_cell("1 / 0")
     assert "Traceback" in capsys.readouterr().out
 

@@ -4,24 +4,28 @@
 
 # %% auto #0
 __all__ = ['local_file', 'read_rows_of', 'take', 'split_off', 'keep_what_fits', 'ask', 'scores_table', 'show_answers',
-           'run_folder', 'LabRun', 'pack_trainer', 'train', 'trained_dtypes', 'check_reloaded', 'Clock', 'fill_table']
+           'answer_both', 'run_folder', 'LabRun', 'drop_old_checkpoints', 'pack_trainer', 'train', 'trained_dtypes',
+           'check_reloaded', 'Clock', 'fill_table']
 
 # %% ../../nbs/reference/labs/runs.ipynb #lr04
 import hashlib
 import json
 import math
 import random
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from html import escape
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
 from ..errors import DataError, LoRAError, TrainingError
 from ..files.atomic import atomic_dir, atomic_file
-from ..finetune import finetune, held_out_losses, last_checkpoint, rows_that_fit
+from ..finetune import (
+    encode_for_training, finetune, held_out_losses, held_out_nll, last_checkpoint)
 from .machine import Lab, in_short, memory_advice, work_folder
 
 # %% ../../nbs/reference/labs/runs.ipynb #lr06
@@ -74,14 +78,34 @@ def split_off(
 def keep_what_fits(
     lab:Lab, tokenizer, rows:list,
 ) -> list: # rows
-    "Leave out rows whose answer begins too late; a `DataError` if that is all of them."
-    fit, longer = rows_that_fit(tokenizer, rows, lab.settings.max_length)
+    """End rows that are too long with the last answer that is whole, so that each teaches where to
+    stop; leave out those whose first answer is too long, with a count. A `DataError` if none is
+    left."""
+    limit, found = lab.settings.max_length, []
+    for row, encoded in zip(rows, encode_for_training(tokenizer, rows)):
+        fits = len(encoded["input_ids"]) <= limit
+        found.append(row if fits else _whole_turns(tokenizer, row, limit))
+    fit = [row for row in found if row]
+    shorter = sum(row is not None and row is not old for row, old in zip(found, rows))
     if not fit:
-        raise DataError(f"no answer begins within {lab.settings.max_length} tokens: shorten the "
-                        "questions, or take a larger max_length")
-    print(f"{len(fit):,} of {len(rows):,} rows can be learned from; {longer:,} are longer than "
-          f"{lab.settings.max_length:,} tokens and are cut")
+        raise DataError(f"no first answer is whole within {limit:,} tokens: shorten the rows, or "
+                        "take a larger max_length")
+    said = f"{len(fit):,} of {len(rows):,} rows are kept"
+    if shorter:
+        said += f", {shorter:,} of them without their last turns"
+    if left := len(rows) - len(fit):
+        said += f"; {left:,} are left out, whose first answer ends after {limit:,} tokens"
+    print(f"{said} (max_length={limit})")
     return fit
+
+def _whole_turns(tokenizer, row, limit): # the longest part that ends with an answer; None: none
+    turns = row["messages"]
+    ends = [i for i, turn in enumerate(turns, 1) if turn["role"] == "assistant"]
+    for end in reversed(ends[:-1]):
+        part = row | dict(messages=turns[:end])
+        if len(encode_for_training(tokenizer, [part])[0]["input_ids"]) <= limit:
+            return part
+    return None
 
 # %% ../../nbs/reference/labs/runs.ipynb #lr09
 def _question(row): # an item of a `Task`: up to the first answer, and that answer
@@ -89,32 +113,57 @@ def _question(row): # an item of a `Task`: up to the first answer, and that answ
     i = [turn["role"] for turn in turns].index("assistant")
     return dict(messages=turns[:i], answer=turns[i]["content"] or "", tools=row.get("tools"))
 
+class _Sampled:
+    """A model whose state is an adapter and a sample of the other weights: enough to tell one from
+    another, and no copy of billions of weights."""
+    def __init__(self, model): self.model = model
+    def __getattr__(self, name): return getattr(self.model, name)
+    def __call__(self, *args, **kwargs): return self.model(*args, **kwargs)
+
+    def state_dict(self):
+        def some(name, p):
+            flat = p.detach().flatten()
+            return flat if "lora_" in name else flat[::max(1, len(flat) // 64)][:64]
+        return {name: some(name, p) for name, p in self.model.named_parameters()}
+
 def ask(
     lab:Lab, model, tokenizer,
     rows:list, # held out
     score=None, # from what the model wrote and the right answer to a number; None: exact match
     keep:bool=True, # answers, so that they are there after a disconnect
+    solved:list=(), # rows that are shown in front of each question, with their answers
 ): # an `Evaluation`
     "Let a model answer held-out questions. Errors as `evaluate`."
     from sftlab.evaluation import Task, evaluate
-    task = Task("held out", [_question(row) for row in rows], *[score] * bool(score))
+    shown = [turn for row in solved for turn in row["messages"]]
+    items = [_question(row) for row in rows]
+    items = [item | dict(messages=shown + item["messages"]) for item in items]
+    task = Task("held out", items, *[score] * bool(score))
     with memory_advice(lab):
-        return evaluate(model, tokenizer, [task], max_new_tokens=lab.settings.max_new_tokens,
+        return evaluate(_Sampled(model), tokenizer, [task],
+                        max_new_tokens=lab.settings.max_new_tokens,
                         cache=work_folder() / "answers" if keep else None)
 
 def scores_table(
     answers:dict, # when -> an `Evaluation`, such as dict(before=…, after=…)
+    numbers:bool=False, # count too how often the last number of an answer is right
 ): # a DataFrame
     "For each time: the share that is right, its 95 % interval, the share that ended by itself."
     import pandas as pd
+    from sftlab.benchmarks import same_number
     rows = {}
     for when, found in answers.items():
         task = found.of("held out")
         ended = sum(row["reason"] == "stop" for row in task) / len(task)
         rows[when] = found.table.loc["held out"].to_dict() | dict(stopped=ended)
-    table = pd.DataFrame(rows).T.rename(columns={"mean": "right"})
-    table = table[["right", "low", "high", "stopped", "n"]].round(3) + 0 # -0 becomes 0
-    return table.astype({"n": int})
+        if numbers:
+            last = [same_number(row["output"], row["item"]["answer"], True) for row in task]
+            rows[when]["last number right"] = sum(last) / len(last)
+    table = pd.DataFrame(rows).T.rename(columns=dict(mean="right", n="questions"))
+    columns = ["right", "low", "high", *["last number right"] * numbers, "stopped", "questions"]
+    return (table[columns].round(3) + 0).astype({"questions": int}) # -0 becomes 0
+
+_ENDED = dict(stop="ended by itself", length="cut off: too long")
 
 def show_answers(
     answers:dict, # as in `scores_table`
@@ -128,11 +177,33 @@ def show_answers(
     for rows in islice(zip(*tasks.values()), n):
         item, frames = rows[0]["item"], {}
         for when, row in zip(tasks, rows):
-            note = f"ended by {row['reason']}" + f"; score {row['score']:g}" * scores
+            note = _ENDED.get(row["reason"], row["reason"])
+            note += f"; score {row['score']:g}" * scores
             frames[when] = text_html(row["output"][:600], note)
-        frames["right" if scores else "in the data"] = text_html(item["answer"][:600])
-        asked = text_html(item["messages"][-1]["content"][:600])
+        frames["in the data"] = text_html(item["answer"][:600])
+        shown = [m for m in item["messages"] if m["role"] == "system"] + item["messages"][-1:]
+        asked = "".join(text_html(f"{m['role']}: {m['content'][:600]}") for m in shown)
         display(HTML(asked + panels(frames)))
+
+def answer_both(
+    lab:Lab, run, # a `LabRun`
+    question:str, # your own
+    system:str="", # what the model is told before it
+):
+    "Show what the base and the tuned model answer to a question."
+    from IPython.display import HTML, display
+    from sftlab.plots import panels, text_html
+    from sftlab.serving import answer_here
+    messages = [dict(role="system", content=system)] * bool(system)
+    messages += [dict(role="user", content=question)]
+    def said(): return answer_here(run.model, run.tokenizer, messages, lab.settings.max_new_tokens)
+    with memory_advice(lab):
+        tuned = said()
+        with run.model.disable_adapter():
+            base = said()
+    frames = {name: text_html(answer.text, _ENDED[answer.ended])
+              for name, answer in dict(base=base, tuned=tuned).items()}
+    display(HTML(text_html(question) + panels(frames)))
 
 # %% ../../nbs/reference/labs/runs.ipynb #lr11
 def run_folder(
@@ -157,51 +228,100 @@ class LabRun:
 
     def plot(self):
         "Show the loss."
-        from sftlab.plots import figure, plot_loss, show
+        from sftlab.figures.labs import plot_training
+        from sftlab.plots import show
         history = self.facts["history"]
-        fig, ax = figure()
-        plot_loss(ax, history)
         first, *_, last = held_out_losses(history)
-        show(fig, f"Loss over {self.facts['steps']} steps: held out {first:.2f} nats a token "
-                  f"before the first step and {last:.2f} after the last.")
+        show(plot_training(history), f"Loss over {self.facts['steps']} steps: held out {first:.2f} "
+             f"nats a token before the first step and {last:.2f} after the last.")
 
     def table(self): # a DataFrame
         "What the run took, measured next to predicted."
         import pandas as pd
-        f, none = self.facts, "not measured: no card"
+        f = self.facts
         before, *_, after = held_out_losses(f["history"])
-        peak = f"{f['peak'] / 1e9:.2f} GB" if f["peak"] else none
-        rows = {"steps": (f["steps"], f["steps_planned"]),
-                "tokens a second": (f"{f['tokens'] / f['seconds']:,.0f}", ""),
-                "seconds in steps": (f"{f['seconds']:.0f}", ""),
-                "peak memory": (peak, f"{f['estimate'] / 1e9:.2f} GB" if f["estimate"] else ""),
-                "held-out loss, before": (f"{before:.3f}", ""),
-                "held-out loss, after": (f"{after:.3f}", ""),
-                "perplexity, after": (f"{math.exp(after):.2f}", "")}
-        return pd.DataFrame(rows, index=["measured", "predicted"]).T
+        def gb(size): return f"{size / 1e9:.2f} GB" if size else "not measured: no card"
+        rows = {"steps": f["steps"],
+                "tokens a second": f"{f['tokens'] / f['seconds']:,.0f}",
+                "seconds in steps": f"{f['seconds']:.0f}",
+                "memory of a step, predicted": gb(f["estimate"]) if f["estimate"] else "no formula",
+                "memory of a step, allocated": gb(f["peak"]),
+                "memory of a step, reserved": gb(f.get("reserved")),
+                "held-out loss, before": f"{before:.3f}",
+                "held-out loss, after": f"{after:.3f}",
+                "perplexity, before": f"{math.exp(before):.2f}",
+                "perplexity, after": f"{math.exp(after):.2f}"}
+        return pd.DataFrame({"this run": rows}, dtype=object)
 
 # %% ../../nbs/reference/labs/runs.ipynb #lr12
-def _meter():
-    "A TrainerCallback with a bar, that counts the seconds of the steps and notes the first step."
-    import torch
+class _Peak:
+    "The most memory that steps take on a card: what held-out passes and answers take is left out."
+    def __init__(self): self.allocated, self.reserved, self.empty = 0, 0, True
+
+    def begin(self):
+        import torch
+        if not torch.cuda.is_available():
+            return
+        if self.empty: # what an earlier pass left in the allocator's hands
+            torch.cuda.empty_cache()
+        self.empty = False
+        torch.cuda.reset_peak_memory_stats()
+
+    def end(self):
+        import torch
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            self.allocated = max(self.allocated, torch.cuda.max_memory_allocated())
+            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
+
+def _meter(lab, tokenizer, held_out):
+    """A TrainerCallback with a bar, that counts the seconds and the memory of the steps, notes the
+    first step, measures held-out rows each tenth of the run, and deletes old checkpoints."""
     from tqdm.auto import tqdm
     from transformers import TrainerCallback
+    s = lab.settings
     class Meter(TrainerCallback):
-        seconds, first = 0.0, 0
+        seconds, first, peak = 0.0, 0, _Peak()
         def on_train_begin(self, args, state, control, **_):
             self.first = state.global_step
             self.bar = tqdm(total=state.max_steps, initial=self.first, unit="step", desc="training")
-        def on_step_begin(self, args, state, control, **_): self.began = time.perf_counter()
-        def on_step_end(self, args, state, control, **_):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+        def on_step_begin(self, args, state, control, **_):
+            self.peak.begin()
+            self.began = time.perf_counter()
+        def on_step_end(self, args, state, control, model=None, **_):
+            self.peak.end()
             self.seconds += time.perf_counter() - self.began
             self.bar.update()
+            if _is_a_tenth(state.global_step, state.max_steps, args.num_train_epochs):
+                nll = held_out_nll(model, tokenizer, held_out, s.batch, s.max_length)
+                state.log_history.append(dict(held_out_nll=nll, step=state.global_step))
+                self.peak.empty = True
+        def on_save(self, args, state, control, **_): drop_old_checkpoints(args.output_dir)
         def on_log(self, args, state, control, logs, **_):
             if "loss" in logs:
                 self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
         def on_train_end(self, *_, **__): self.bar.close()
     return Meter()
+
+def _is_a_tenth(step, steps, epochs): # and not the end of an epoch, where it is measured anyway
+    ends = {math.ceil(steps * (i + 1) / epochs) for i in range(math.ceil(epochs))} | {steps}
+    return step % max(1, steps // 10) == 0 and step not in ends
+
+def drop_old_checkpoints(
+    folder, # with `checkpoint-10`, `checkpoint-20`, …
+    keep:int=2, # how many stay, the newest ones
+):
+    "Delete checkpoints, and empty their files first: Drive keeps what is deleted in its bin."
+    found = Path(folder).glob("checkpoint-*")
+    found = sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    for old in found[:len(found) - keep]:
+        _delete(old)
+
+def _delete(folder):
+    for path in Path(folder).rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.write_bytes(b"")
+    shutil.rmtree(folder, ignore_errors=True)
 
 def pack_trainer(
     trainer, # an `SFTTrainer`, not yet trained
@@ -223,14 +343,12 @@ def _about_checkpoints(trainer) -> str: # one line
     "How often there is one, and its size: of each trained weight the value and Adam's two moments."
     args = trainer.args
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    return (f"A checkpoint every {args.save_steps} steps, the last {args.save_total_limit} kept: "
-            f"about {args.save_total_limit * trained * 12 / 1e6:,.0f} MB in "
-            f"{in_short(args.output_dir)}, until the run is finished")
+    return (f"A checkpoint every {args.save_steps} steps, the last 2 kept: "
+            f"about {2 * trained * 12 / 1e6:,.0f} MB in {in_short(args.output_dir)}, until the run "
+            "is finished")
 
 def _before(lab, facts, trainer):
     "What happens when the trainer is there and no step is done: packing, preflight."
-    import torch
-    from IPython.display import display
     from sftlab.preflight import preflight_trainer
     lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
     facts |= dict(rows=len(lengths), tokens_an_epoch=sum(lengths), longest=max(lengths))
@@ -238,13 +356,25 @@ def _before(lab, facts, trainer):
         packed, _ = pack_trainer(trainer, lab.settings.max_length)
         facts |= dict(packed_rows=len(packed), longest=max(len(r["input_ids"]) for r in packed))
     report = preflight_trainer(trainer)
-    display(report)
+    _show_report(report)
     stops = [p for check in report.checks for p in check.problems if p.stops]
     if stops:
         raise TrainingError(f"{stops[0].what}. To fix: {stops[0].fix}")
     print(_about_checkpoints(trainer))
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    trainer.args.save_total_limit = None # `drop_old_checkpoints` does that
+
+def _plainly(text): # what the preflight says, for a lab
+    text = re.sub(r"all (\d+) trained parameters learn",
+                  r"all \1 trained weight tensors get a gradient", text)
+    return text.replace("does what training needs", "marks where answers begin and end")
+
+def _show_report(report):
+    from IPython.display import display
+    cell = '<td style="text-align:left;vertical-align:top;padding-right:1em">'
+    rows = [(f"{check.mark} {check.name}", check.verdict, "<br>".join(
+        escape(_plainly(text)) for text in check.texts())) for check in report.checks]
+    html = "".join(f"<tr>{''.join(f'{cell}{text}</td>' for text in row)}</tr>" for row in rows)
+    display({"text/html": f"<table>{html}</table>", "text/plain": _plainly(repr(report))}, raw=True)
 
 # %% ../../nbs/reference/labs/runs.ipynb #lr13
 def train(
@@ -269,12 +399,14 @@ def train(
         trainer = _finetune(lab, model, tokenizer, rows, held_out, folder, new, facts)
         with atomic_file(new / "run.json") as file:
             json.dump(facts, file, indent=1)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return LabRun(folder, trainer.model, tokenizer, facts)
+    _delete(folder / "checkpoints")
+    # without the autocast of training: as the adapter will be used
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return LabRun(folder, model, tokenizer, facts)
 
 def _finetune(lab, model, tokenizer, rows, held_out, folder, new, facts):
     "Call `finetune`, and note what it took."
-    s, meter = lab.settings, _meter()
+    s, meter = lab.settings, _meter(lab, tokenizer, held_out)
     trainer = finetune(
         model, tokenizer, rows, new, lab.method, s.epochs, s.learning_rate, eval_rows=held_out,
         callbacks=[meter], checkpoints=folder / "checkpoints", lora=dict(r=s.r, lora_alpha=2 * s.r),
@@ -285,7 +417,8 @@ def _finetune(lab, model, tokenizer, rows, held_out, folder, new, facts):
     facts |= dict(
         steps=state.global_step, steps_planned=state.max_steps, first_step=meter.first,
         seconds=meter.seconds, tokens=round(facts["tokens_an_epoch"] * s.epochs * share),
-        history=state.log_history, peak=_peak(), estimate=_predicted(lab, facts["longest"]),
+        history=state.log_history, peak=meter.peak.allocated, reserved=meter.peak.reserved,
+        estimate=_predicted(lab, facts["longest"]),
         trained_dtypes=trained_dtypes(trainer.model),
         versions={name: version(name) for name in ("torch", "transformers", "trl", "peft")})
     return trainer
@@ -295,10 +428,6 @@ def trained_dtypes(model) -> list: # such as ["float32"]
     "The number formats of the weights that are trained."
     found = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
     return sorted(found)
-
-def _peak(): # bytes; None: there is no card
-    import torch
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 def _predicted(lab, longest): # bytes, for rows as long as there are; None: no formula
     from sftlab.errors import SftlabError
@@ -327,13 +456,13 @@ def check_reloaded(
     lab:Lab,
     run:LabRun, # gets the model with the adapter from the folder
     rows:list, # held out, to be answered
-    answers, # the `Evaluation` of the trained model on them, and perhaps more after them
 ) -> dict: # figures
     """Take the adapter off, load it from its folder, and see that it is applied: how far it moves
-    a logit, how many answers are as before. Prints what it found; raises a `LoRAError` where the
-    adapter changes nothing."""
+    a logit, how many answers to the same batch are as before. Prints what it found; raises a
+    `LoRAError` where the adapter changes nothing, or most answers."""
     import torch
     from sftlab.rendering import prompt_ids
+    first = ask(lab, run.model, run.tokenizer, rows, keep=False)
     model = run.model = _applied(run.model.unload(), run.adapter) # one base in memory, not two
     messages = _question(rows[0])["messages"]
     ids = torch.tensor([prompt_ids(run.tokenizer, messages)], device=model.device)
@@ -344,8 +473,11 @@ def check_reloaded(
     if not change:
         raise LoRAError(f"{run.adapter} changes no logit: the answers would be those of the base")
     again = ask(lab, model, run.tokenizer, rows, keep=False)
-    pairs = zip(again.of("held out"), answers.of("held out"))
+    pairs = zip(again.of("held out"), first.of("held out"))
     same = sum(a["output"] == b["output"] for a, b in pairs)
+    if 2 * same < len(rows):
+        raise LoRAError(f"with {run.adapter} loaded again, only {same} of {len(rows)} answers are "
+                        "as they were: it is not the adapter of this run, or not its base")
     print(f"The adapter in {in_short(run.adapter)} moves the logits by up to {change:.1f} (0 would "
           f"mean: not applied, and this cell stops); {same} of {len(rows)} answers are the same.")
     return dict(largest_change=round(change, 3), same_answers=same, questions=len(rows))
@@ -375,7 +507,6 @@ def fill_table(
     """How much of what goes through the model are tokens, padded and packed, at about as many
     tokens a step; errors as `pack_rows`."""
     import pandas as pd
-    from sftlab.finetune import encode_for_training
     from sftlab.packing import pack_rows
     limit = lab.settings.max_length
     encoded = [{k: v[:limit] for k, v in r.items()} for r in encode_for_training(tokenizer, rows)]
@@ -385,7 +516,10 @@ def fill_table(
     padded = sum(len(batch) * max(batch) for batch in batches)
     packed, _ = pack_rows(encoded, limit)
     full = sum(len(row["input_ids"]) for row in packed)
+    slots = len(packed) * limit
+    less = f"{1 - slots / padded:.0%}".replace("%", " %")
+    print(f"{padded:,} to {slots:,} token slots: {less} less to compute")
     ways = {f"padded, {n} rows at a time": (len(lengths), padded, sum(lengths) / padded),
-            "packed": (len(packed), len(packed) * limit, full / (len(packed) * limit))}
-    columns = ["rows", "places", "share that is tokens"]
-    return pd.DataFrame(ways, index=columns).T.round(3).astype({"rows": int, "places": int})
+            "packed": (len(packed), slots, full / slots)}
+    columns = ["rows", "token slots", "share used"]
+    return pd.DataFrame(ways, index=columns).T.round(3).astype({"rows": int, "token slots": int})

@@ -21,15 +21,17 @@ from .runs import LabRun, local_file
 
 # %% ../../nbs/reference/labs/sharing.ipynb #ls06
 def get_file(
-    name:str="", # a file here or on Drive; or of the hub, "owner/name/folder/file"; empty: upload
+    name:str="", # a file; or of the hub, "owner/name/folder/file"; "sample"; empty: upload
 ) -> str: # its path
     "The file to learn from, off Colab by default a sample; a `DataError` where there is none."
+    if name == "sample":
+        return sample_file(work_folder() / "sample.jsonl")
     if not name:
         return _uploaded()
     path = local_file(name)
     if not Path(path).is_file():
-        raise DataError(f"there is no file {name}: give its path, or leave the name empty to "
-                        "upload one on Colab")
+        raise DataError(f'there is no file {name}: give its path, or "sample", or leave the name '
+                        "empty to upload one on Colab")
     return path
 
 def _uploaded():
@@ -58,6 +60,10 @@ def sample_file(
         file.write("\n".join(rows) + "\n")
     return in_short(path)
 
+def _in_words(problem) -> str: # for somebody whose file it is
+    said = str(problem).replace(": take one of them out", ": left out, the other is kept")
+    return re.sub(r" \(([^()]*?)(?: at)?\): fix it", r" (\1): fix it", said)
+
 def look_at(
     path, # a file
     columns:dict=None, # what it calls prompt and completion
@@ -69,7 +75,7 @@ def look_at(
     for record in scan(local_file(str(path)), columns):
         if record.row:
             rows.append(record.row)
-        wrong += [(record.place, str(problem)) for problem in record.problems]
+        wrong += [(record.place, _in_words(problem)) for problem in record.problems]
     if not rows:
         raise DataError(f"{path}: none of its rows can be used; {wrong[0][0]}: {wrong[0][1]}")
     bad = len({place for place, _ in wrong})
@@ -80,27 +86,34 @@ def look_at(
 def picture_of(
     rows:list, # with `messages`
     tokenizer,
-    max_length:int, # tokens that are used of a row
+    max_length:int, # tokens that a row may have
 ):
-    "Show lengths, turns, writing systems and near-duplicates of some rows."
+    "Show how long the rows are; say their turns, writing systems and near-duplicates."
     from sftlab.audit.data import dataset_stats
     from sftlab.audit.duplicates import full_text, near_duplicates
-    from sftlab.figures.data import at_a_glance
+    from sftlab.figures.labs import counts_told, plot_rows
+    from sftlab.finetune import encode_for_training
     from sftlab.plots import show
     groups = near_duplicates([full_text(row) for row in rows])
-    show(*at_a_glance(dataset_stats(rows, tokenizer), groups, max_length))
+    lengths = [len(row["input_ids"]) for row in encode_for_training(tokenizer, rows)]
+    over = sum(n > max_length for n in lengths)
+    show(plot_rows(lengths, max_length), f"A histogram of {len(rows):,} rows, of {min(lengths):,} "
+         f"to {max(lengths):,} tokens; {over:,} are longer than the limit of {max_length:,}.")
+    print(f"{over:,} of {len(rows):,} rows are longer than max_length={max_length}.")
+    print(*counts_told(dataset_stats(rows, tokenizer), groups), sep="\n")
 
 # %% ../../nbs/reference/labs/sharing.ipynb #ls10
 def merge(
     run:LabRun,
+    into:str=None, # "dequantized" or "original"; by default what it was trained with
 ) -> Path: # the folder of the whole model
-    "Merge a run's adapter as it was trained, next to it, once; errors as `sftlab merge`."
-    from sftlab.program.merge import merge_command
-    folder = run.folder / "merged"
+    "Merge a run's adapter, next to it, once for each way; errors as `sftlab merge`."
+    from sftlab.program.merge import Into, merge_command
+    folder = run.folder / ("merged" if into is None else f"merged-{into}")
     if folder.is_dir():
         print(f"merged earlier: {in_short(folder)}")
     else:
-        merge_command(Path(in_short(run.adapter)), Path(in_short(folder)))
+        merge_command(Path(in_short(run.adapter)), Path(in_short(folder)), into and Into(into))
     return folder
 
 def merge_needs(
@@ -114,9 +127,23 @@ def merge_needs(
             f"{2 * (matrices + others) / 1e9:.1f} GB in {in_short(work_folder())}.")
 
 _BY_LLAMA_CPP = """llama.cpp's own converter knows the model, and its name for this tokenizer:
-  git clone https://github.com/ggml-org/llama.cpp
-  pip install -r llama.cpp/requirements.txt
-  python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {path}"""
+  git clone --depth 1 https://github.com/ggml-org/llama.cpp
+  uv venv llama-env
+  uv pip install --python llama-env --index-strategy unsafe-best-match \\
+      -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt
+  llama-env/bin/python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {path}
+(uv makes an environment of its own: the converter wants older packages than this session has.)
+For Ollama, a file named Modelfile next to it, then `ollama create mine -f Modelfile`:
+  FROM ./{name}
+  TEMPLATE {template}
+  PARAMETER stop <|im_end|>
+  PARAMETER temperature 0"""
+
+# Ollama's template language, for plain ChatML
+_OLLAMA = '''"""{{ range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
+"""'''
 
 def export(
     folder, # of a whole model
@@ -127,7 +154,8 @@ def export(
     from sftlab.models import load
     path = Path(folder).with_suffix(".gguf")
     if pre is None:
-        print(_BY_LLAMA_CPP.format(folder=in_short(folder), path=in_short(path)))
+        print(_BY_LLAMA_CPP.format(folder=in_short(folder), path=in_short(path), name=path.name,
+                                   template=_OLLAMA))
         return None
     model, tokenizer = load(str(folder), device="cpu", four_bit=False)
     export_gguf(model, tokenizer, path, pre=pre)
