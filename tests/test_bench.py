@@ -34,7 +34,7 @@ def test_other_work_would_be_noticed(monkeypatch):
     def altered(tokenizer, rows, **more):
         return real(tokenizer, [rows[1], *rows[1:]], **more)
     monkeypatch.setattr(bench, "trl", altered)
-    assert bench_training(steps=10, rounds=1)["losses_apart"]["TRL"] > 1e-4
+    assert bench_training(steps=10, rounds=0)["losses_apart"]["TRL"] > 1e-4
 
 
 def test_data_are_the_same_ids_and_labels():
@@ -67,7 +67,7 @@ def test_the_adapter_is_the_same_work(monkeypatch):
     def altered(model, r, lora_alpha):
         return real(model, r, 2 * lora_alpha)
     monkeypatch.setattr(bench, "inject", altered)  # the control
-    assert bench_lora(steps=5, rounds=1)["losses_apart"] > 1e-5
+    assert bench_lora(steps=5, rounds=0)["losses_apart"] > 1e-5
 
 
 def test_nf4_is_the_same_to_the_bit(monkeypatch):
@@ -128,7 +128,7 @@ def test_training_on_packed_rows_is_the_same_work(monkeypatch):
             trainer.data_collator = of_ones
         return trainer
     monkeypatch.setattr(bench, "trl_trainer", with_a_leak)  # the control
-    figures = bench_packed(n=12, rounds=0)
+    figures = bench_packed(n=6, rounds=0)
     assert figures["losses_apart"] > 1e-4
     assert [name for name, n in figures["not_apart"].items() if n] == ["TRL, packing"]
 

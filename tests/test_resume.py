@@ -58,12 +58,13 @@ def killed(file, output, after, delay, mark=""):
     return newest(unfinished), said
 
 
-def test_killed_five_times_it_ends_with_the_same_weights(file, tmp_path):
+@pytest.mark.parametrize("times", [3, pytest.param(9, marks=pytest.mark.thorough)])
+def test_killed_again_and_again_it_ends_with_the_same_weights(file, times, tmp_path):
     whole = start(file, tmp_path / "whole")
     assert whole.wait() == 0, whole.stdout.read()
     rng, step, broken = random.Random(0), 0, tmp_path / "broken"
-    for n in range(5):
-        if n in (2, 4):  # anywhere: while it starts, or later
+    for n in range(times):
+        if n % 2:  # anywhere: while it starts, or later
             step, said = killed(file, broken, 0, rng.uniform(0, 15))
         else:  # a moment after the next checkpoint
             step, said = killed(file, broken, step, rng.uniform(0, 0.3))
