@@ -43,7 +43,7 @@ def bumps(
     "A bump on each value, as wide as the larger gap to a neighbour; and a flat one over all."
     x = np.sort(tried)
     ends = [x[0], *x, x[-1]] if len(x) > 1 else [low, *x, high]
-    gaps = np.diff(ends)
+    gaps = np.diff(ends) # one to the left of each value, one to the right of the last
     narrowest = (high - low) / min(100, len(x) + 2)
     widths = np.clip(np.maximum(gaps[:-1], gaps[1:]), narrowest, high - low)
     return np.append(x, (low + high) / 2), np.append(widths, high - low)
@@ -52,11 +52,12 @@ def density(
     at, # where: logarithms
     tried, low:float, high:float, # as in `bumps`
 ): # an array
-    "How densely values were tried: the mean of the bumps."
+    "How densely values were tried: the mean of the bumps, each cut off at the ends of the space."
     middles, widths = bumps(tried, low, high)
     ends = (low - middles) / widths, (high - middles) / widths
     return truncnorm.pdf(np.asarray(at)[:, None], *ends, middles, widths).mean(-1)
 
+# %% ../nbs/12_hyperparameters.ipynb #h12b
 def promise(
     at, # where: logarithms
     tried, losses, # of the runs that are done
@@ -156,9 +157,10 @@ def chosen(
     raises a `TrainingError` where no run worked out."""
     check_found(runs.loss, runs.error)
     names = [name for name in runs if name not in KEPT]
-    groups = runs.astype(object).groupby(names, sort=False)
+    groups = runs.astype(object).groupby(names, sort=False) # `object`: 4 stays 4, not 4.0
     seeds, means = groups.seed.nunique(), groups.loss.mean().astype(float)
     finite = means[means < math.inf]
     best = finite[seeds[finite.index] == seeds[finite.index].max()].idxmin()
     values = best if len(names) > 1 else [best]
+    # `item` makes Python's own numbers of NumPy's
     return {name: np.asarray(value).item() for name, value in zip(names, values)}
