@@ -534,7 +534,7 @@ def test_the_peak_is_that_of_steps_alone(card, monkeypatch):
 def test_held_out_rows_are_measured_each_tenth_of_a_run_of_one_epoch():
     assert [n for n in range(1, 101) if runs._is_a_tenth(n, 100, 1)] == [*range(10, 100, 10)]
     assert [n for n in range(1, 76) if runs._is_a_tenth(n, 75, 3)] == [
-        7, 14, 21, 28, 35, 42, 49, 56, 63, 70]
+        7, 14, 21, 35, 42, 56, 63, 70]
     assert not runs._is_a_tenth(50, 100, 2)  # the end of an epoch is measured anyway
 
 
@@ -570,10 +570,20 @@ def test_solved_examples_come_before_a_question(monkeypatch):
     asked = []
     monkeypatch.setattr("sftlab.evaluation.evaluate", lambda model, tokenizer, tasks, **_: (
         asked.append(tasks[0].items)))
-    runs.ask(a_lab(preset="tiny"), None, None, ROWS[:1], solved=ROWS[1:3])
+    runs.ask(a_lab(preset="tiny"), torch.nn.Linear(1, 1), None, ROWS[:1], solved=ROWS[1:3])
     [[item]] = asked
     assert item["messages"] == [*ROWS[1]["messages"], *ROWS[2]["messages"],
                                 *ROWS[0]["messages"][:-1]]
+
+
+def test_a_base_that_was_trained_is_not_asked_as_a_base():
+    "A cell that asks the base, run again after the training, stops."
+    model, tokenizer = load("tiny")
+    tuned = add_lora(model, tokenizer)
+    lab = a_lab(preset="tiny", max_new_tokens=2)
+    assert len(runs.ask(lab, tuned, tokenizer, ROWS[:1], keep=False).answers) == 1
+    with pytest.raises(TrainingError, match="has the adapter of a run on it"):
+        runs.ask(lab, model, tokenizer, ROWS[:1], keep=False)
 
 
 def test_an_adapter_that_answers_otherwise_is_refused(monkeypatch, tmp_path):

@@ -68,7 +68,8 @@ def plot_training(
     every = steps[1] - steps[0] if len(steps) > 1 else 1
     label = "training rows, each step" if every == 1 else f"training rows, mean of {every} steps"
     ax.plot(steps, losses, color=PALETTE["blue"], alpha=0.35, linewidth=1, label=label)
-    ax.plot(steps, smoothed(losses), color=PALETTE["blue"], label="the same, smoothed")
+    ax.plot(steps, smoothed(losses), color=PALETTE["blue"], linestyle="-",
+            label="the same, smoothed")
     ax.plot(*zip(*rows["held_out_nll"]), color=PALETTE["orange"], linestyle="--", marker="D",
             clip_on=False, label="held-out rows")
     log_axis(ax)

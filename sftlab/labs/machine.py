@@ -260,7 +260,7 @@ def _choices(lab): # name -> (what was chosen, why)
     computes = "no bfloat16 below 8.0" if dtype == "float16" else "bfloat16 from 8.0 on"
     n = s.batch * s.accumulate
     packed = f"{n} {'packed ' * lab.packing}row{'s' * (n != 1)}"
-    found = "by memory and compute capability" if card else "no card is used"
+    found = "by memory and compute capability" if card else "there is no GPU"
     return {
         "card (GPU)": (card.name, f"{card.gb:.1f} GB") if card else
                       ("none", "everything runs on the CPU"),

@@ -126,6 +126,15 @@ class _Sampled:
             return flat if "lora_" in name else flat[::max(1, len(flat) // 64)][:64]
         return {name: some(name, p) for name, p in self.model.named_parameters()}
 
+def _has_adapter(model): return any("lora_" in name for name, _ in model.named_parameters())
+
+def _check_not_trained(model): # the base that a run has put its adapter on is no base any more
+    from peft import PeftModel
+    if _has_adapter(model) and not isinstance(model, PeftModel):
+        raise TrainingError("the base has the adapter of a run on it, so its answers would be "
+                            "those of the tuned model: run the cell that loads the base, then "
+                            "this one")
+
 def ask(
     lab:Lab, model, tokenizer,
     rows:list, # held out
@@ -135,6 +144,7 @@ def ask(
 ): # an `Evaluation`
     "Let a model answer held-out questions. Errors as `evaluate`."
     from sftlab.evaluation import Task, evaluate
+    _check_not_trained(model)
     shown = [turn for row in solved for turn in row["messages"]]
     items = [_question(row) for row in rows]
     items = [item | dict(messages=shown + item["messages"]) for item in items]
@@ -303,9 +313,10 @@ def _meter(lab, tokenizer, held_out):
         def on_train_end(self, *_, **__): self.bar.close()
     return Meter()
 
-def _is_a_tenth(step, steps, epochs): # and not the end of an epoch, where it is measured anyway
-    ends = {math.ceil(steps * (i + 1) / epochs) for i in range(math.ceil(epochs))} | {steps}
-    return step % max(1, steps // 10) == 0 and step not in ends
+def _is_a_tenth(step, steps, epochs): # and not near an epoch's end, where it is measured anyway
+    every = max(1, steps // 10)
+    ends = [*(steps * (i + 1) / epochs for i in range(math.floor(epochs))), steps]
+    return step % every == 0 and min(abs(step - end) for end in ends) >= every / 2
 
 def drop_old_checkpoints(
     folder, # with `checkpoint-10`, `checkpoint-20`, …
@@ -370,10 +381,15 @@ def _plainly(text): # what the preflight says, for a lab
 
 def _show_report(report):
     from IPython.display import display
-    cell = '<td style="text-align:left;vertical-align:top;padding-right:1em">'
+    style = "text-align:left;vertical-align:top;padding-right:1em"
+    def line(cells, tag):
+        styles = (f"{style};white-space:nowrap", f"{style};white-space:nowrap", style)
+        return "<tr>" + "".join(f'<{tag} style="{look}">{cell}</{tag}>'
+                                for cell, look in zip(cells, styles)) + "</tr>"
     rows = [(f"{check.mark} {check.name}", check.verdict, "<br>".join(
         escape(_plainly(text)) for text in check.texts())) for check in report.checks]
-    html = "".join(f"<tr>{''.join(f'{cell}{text}</td>' for text in row)}</tr>" for row in rows)
+    html = line(("check", "result", "what was found"), "th") + "".join(
+        line(row, "td") for row in rows)
     display({"text/html": f"<table>{html}</table>", "text/plain": _plainly(repr(report))}, raw=True)
 
 # %% ../../nbs/reference/labs/runs.ipynb #lr13
@@ -384,7 +400,7 @@ def train(
     """Train an adapter, go on with a run that was stopped, or load one that is finished; raises a
     `TrainingError` where memory is short, the preflight finds what nobody can mean, or the model
     has an adapter already."""
-    if any("lora_" in name for name, _ in model.named_parameters()):
+    if _has_adapter(model):
         raise TrainingError("the model has the adapter of an earlier run of this cell: run the "
                             "cell that loads the base again, then this one")
     folder = run_folder(lab, rows, held_out)
