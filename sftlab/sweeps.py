@@ -96,7 +96,7 @@ def falls_behind(
     losses:list, # of a run, after each epoch so far
     finished:list, # such lists of the runs that are done
 ) -> bool:
-    "Whether a run is worse than half of those before it at the same epoch (from five on)."
+    "Whether its best loss is above the median of those before it, there (from five runs on)."
     there = [run[len(losses) - 1] for run in finished]
     return len(there) >= 5 and min(losses) > median(there)
 
