@@ -30,7 +30,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_notebooks import run, run_quickly
+from test_notebooks import FACTOR, run, run_quickly
 
 from sftlab import errors
 from sftlab.study import exercises as ex
@@ -92,10 +92,12 @@ def with_wrong_answers(name):
 
 
 @pytest.fixture(params=ASKED, ids=str)
-def q(request):
-    "Each question that asks for a function, with its wrong answers."
+def q(request, monkeypatch):
+    "Each question that asks for a function, with its wrong answers; patient, on a busy machine."
     name, number = ASKED[request.param]
-    return with_wrong_answers(name)[number]
+    question = with_wrong_answers(name)[number]
+    monkeypatch.setattr(question, "seconds", FACTOR * question.seconds)
+    return question
 
 
 @pytest.fixture
