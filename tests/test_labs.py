@@ -435,6 +435,18 @@ def test_padding_is_compared_at_the_tokens_of_a_packed_row(capsys):
         "compute\n")
 
 
+def test_packing_is_drawn_with_the_chats_of_one_packed_row(monkeypatch):
+    shown = []
+    monkeypatch.setattr("sftlab.plots.show", lambda fig, alt: shown.append(alt))
+    _, tokenizer = load("tiny")
+    lab = a_lab(preset="tiny")
+    runs.plot_fill(lab, tokenizer, ROWS)
+    lengths = [len(row["input_ids"]) for row in encode_for_training(tokenizer, ROWS)]
+    n = int(shown[0].split()[0])
+    assert sum(lengths[:n]) <= 256 < sum(lengths[:n + 1])
+    assert f"{1 - sum(lengths[:n]) / 256:.0%} are" in shown[0]
+
+
 def test_a_model_that_is_not_the_tiny_one_is_left_to_llama_cpp(tmp_path, capsys):
     assert sharing.export(tmp_path / "merged") is None  # nothing is loaded: there is nothing
     said = capsys.readouterr().out

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['local_file', 'read_rows_of', 'take', 'split_off', 'keep_what_fits', 'ask', 'scores_table', 'show_answers',
            'answer_both', 'run_folder', 'LabRun', 'drop_old_checkpoints', 'pack_trainer', 'train', 'trained_dtypes',
-           'check_reloaded', 'Clock', 'fill_table']
+           'check_reloaded', 'Clock', 'plot_fill', 'fill_table']
 
 # %% ../../nbs/reference/labs/runs.ipynb #lr04
 import hashlib
@@ -515,6 +515,25 @@ class Clock:
         plot_bars(ax, self.seconds, "seconds", horizontal=True, fmt="{:.0f}")
         show(fig, "Bars of seconds: " + ", ".join(f"{part} {n:.0f}" for part, n in
                                                   self.seconds.items()) + ".")
+
+def plot_fill(
+    lab:Lab, tokenizer,
+    rows:list, # with `messages`; as many of the first are drawn as fit into a packed row
+):
+    "Show a few rows padded to the longest, and packed."
+    from sftlab.figures.packing import batch_grids
+    from sftlab.plots import show
+    lengths, limit = [], lab.settings.max_length
+    for row in encode_for_training(tokenizer, rows[:12]):
+        if sum(lengths) + len(row["input_ids"]) > limit:
+            break
+        lengths.append(len(row["input_ids"]))
+    numbers = [*range(len(lengths))]
+    ways = {"padded": ([[i] for i in numbers], max(lengths)), "packed": ([numbers], limit)}
+    empty = {way: 1 - sum(lengths) / (len(drawn) * wide) for way, (drawn, wide) in ways.items()}
+    show(batch_grids(ways, lengths), f"{len(lengths)} conversations as bars. Padded, each has its "
+         f"own row, and {empty['padded']:.0%} of the places are empty; packed, they share one row, "
+         f"and {empty['packed']:.0%} are.")
 
 def fill_table(
     lab:Lab, tokenizer,
