@@ -45,6 +45,7 @@ MODEL, DATA = "Qwen/Qwen3-1.7B-Base", "owner/name/folder/file.jsonl"
 def own_folder(tmp_path, monkeypatch):
     "Runs are kept in the folder that one is in; no test leaves anything."
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine, "DRIVE", tmp_path / "none")
     monkeypatch.delenv("SFTLAB_PRESET", raising=False)
 
 
