@@ -200,7 +200,10 @@ def main(pages, freeze):
         os.environ["JUPYTER_PATH"] = env["JUPYTER_PATH"]
         sample_file(f"{folder}/rows.jsonl")
         env["SFTLAB_COLAB_UPLOAD"] = f"{folder}/rows.jsonl"  # what a learner picks in lab 2
+        place, ours = Path("/content"), not Path("/content").exists()
         good = [report(page, env) for page in pages]
+        if ours:  # the stand-in's Drive
+            shutil.rmtree(place, ignore_errors=True)
     print(f"{sum(good)} passed, {len(good) - sum(good)} failed")
     return not all(good)
 
