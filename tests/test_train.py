@@ -403,3 +403,19 @@ def test_stop_tokens_are_read_from_the_rows():
     _, tokenizer = load("tiny")
     rows = encode_for_training(tokenizer, TALKS[:3])
     assert stop_tokens(tokenizer, rows) == ["<|im_end|>"]
+
+
+def test_what_a_template_adds_to_answers_is_told(capsys):
+    from sftlab.program.train import _say_what_is_added
+    _, tokenizer = load("tiny")
+    _say_what_is_added(tokenizer)
+    assert capsys.readouterr().out == ""
+    thought = "<think>\\n\\n</think>\\n\\n"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{% generation %}" + thought.replace("\\n", "\n") + "{{ m.content }}<|im_end|>\n"
+        "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    _say_what_is_added(tokenizer)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"note the model's chat template puts '{thought}' before answers" in said

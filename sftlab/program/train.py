@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import FinetuneError
+from ..errors import FinetuneError, SftlabError
 from ..files.atomic import atomic_dir
 from ..finetune import (
     batch_sizes, context_length, default_learning_rate, encode_for_training, finetune,
@@ -398,6 +398,17 @@ def _say_where_use_differs(tokenizer, rows):
                        "tokens than those that the model is given in use, so it may answer badly "
                        "or not at all: see --dry-run, and give another --template")
 
+def _say_what_is_added(tokenizer):
+    "Say what the chat template writes before each answer, which is learned with it."
+    from sftlab.labs.machine import added_to_answers
+    try:
+        added = next(filter(None, added_to_answers(tokenizer)), "")
+    except SftlabError: # the template refuses the trial, and has taken the rows
+        return
+    if added.strip():
+        say("note", f"the model's chat template puts {added!r} before answers; that is learned, "
+                    "and will come first in use; --template chatml adds nothing")
+
 def _run(settings, columns, folder, checkpoints, dry=False, sweep=None) -> dict: # its results
     "Load, read, ask, train, ask again; or (dry) only look."
     read = _read(settings, columns)
@@ -407,6 +418,7 @@ def _run(settings, columns, folder, checkpoints, dry=False, sweep=None) -> dict:
     limit, rate, method = filled["max_length"], filled["learning_rate"], settings["method"]
     rows, held_out, counts = _rows(settings, *read, tokenizer, limit)
     _say_where_use_differs(tokenizer, rows)
+    _say_what_is_added(tokenizer)
     if is_tiny(net) and settings["model"] == "tiny":
         say("note", _TINY_NOTE)
     check_method(net, method, lora)
