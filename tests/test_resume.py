@@ -65,7 +65,7 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(file, times, tmp_p
     rng, step, broken = random.Random(0), 0, tmp_path / "broken"
     for n in range(times):
         if n % 2:  # anywhere: while it starts, or later
-            step, said = killed(file, broken, 0, rng.uniform(0, 15))
+            step, said = killed(file, broken, 0, rng.uniform(0, 6))
         else:  # a moment after the next checkpoint
             step, said = killed(file, broken, step, rng.uniform(0, 0.3))
             assert ("goes on where it was" in said) == (n > 0)
