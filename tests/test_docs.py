@@ -164,7 +164,8 @@ def test_a_processed_notebook_keeps_its_code_and_folds_what_is_hidden(site, name
     hidden = [source for kind, source in cells(ROOT / name)
               if kind == "code" and "#| hide" in source.splitlines()]
     folded = [source for kind, source in cells(site / name) if "#| code-fold: true" in source]
-    assert len(folded) >= len(hidden)
+    lines = "\n".join(folded).splitlines()
+    assert all(line in lines for source in hidden for line in code_of_cell(source))
 
 
 def test_title_and_line_are_taken_out_and_nothing_else(docs):
@@ -199,6 +200,15 @@ def test_imports_alone_are_folded(docs):
     for other in ("import torch", imports + "\nx = 1", "x = 1\n" + imports,
                   "%pip install a\nimport a\nimport b\nimport c"):
         assert "code-fold" not in code_cell(docs, other).source
+
+
+def test_folds_that_follow_each_other_are_one(docs):
+    imports = ["import a\nimport b\nimport c\nimport d", "import e\nimport f\n\nimport g"]
+    words = docs.mk_cell("Words.", "markdown")
+    made = docs.one_fold([words, *(code_cell(docs, text) for text in imports), words,
+                          code_cell(docs, imports[0]), code_cell(docs, "x = 1")])
+    assert [len(cell.source.splitlines()) for cell in made] == [1, 11, 1, 6, 1]
+    assert made[1].source.count("code-fold") == 1 and "\n\nimport e\n" in made[1].source
 
 
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 1200, 500)).decode()

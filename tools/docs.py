@@ -145,6 +145,21 @@ def for_reading(
     cell.source = "\n".join(lines)
 
 
+def one_fold(
+    cells:list, # as `for_reading` left them
+) -> list: # the same, where one fold follows another, in one
+    kept, head = [], '#| code-fold: true\n#| code-summary: "Imports and set-up"\n'
+    for cell in cells:
+        before = kept[-1] if kept else cell
+        folded = [c.source.startswith(head) and not c.outputs for c in (before, cell)
+                  if c.cell_type == "code"]
+        if before is not cell and folded == [True, True]:
+            before.source += "\n\n" + cell.source.removeprefix(head)
+        else:
+            kept.append(cell)
+    return kept
+
+
 def as_raw_html(
     html:str, # of an output
 ) -> str: # Markdown that shows it
@@ -324,7 +339,7 @@ def process(
     head = [mk_cell(front_matter(name, line, styles), "raw")]
     if name != "nbs/index.ipynb":
         head.append(mk_cell(ways(name, module), "markdown"))
-    notebook.cells = head + [cell for cell in notebook.cells if cell.source.strip()]
+    notebook.cells = head + one_fold([cell for cell in notebook.cells if cell.source.strip()])
     notebook.metadata.pop("widgets", None)
     (to / name).parent.mkdir(parents=True, exist_ok=True)
     write_nb(notebook, to / name)
