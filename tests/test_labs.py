@@ -624,6 +624,12 @@ def test_an_adapter_that_answers_otherwise_is_refused(monkeypatch, tmp_path):
 
 # --- Colab: Drive, upload, no card
 
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch):
+    "Not on Colab: another test may have loaded its stand-in."
+    monkeypatch.delitem(sys.modules, "google.colab", raising=False)
+
+
 @pytest.fixture
 def colab(monkeypatch):
     "A function that puts a `google.colab` in place, which does as it is told."

@@ -137,7 +137,8 @@ For Ollama, a file named Modelfile next to it, then `ollama create mine -f Model
   FROM ./{name}
   TEMPLATE {template}
   PARAMETER stop <|im_end|>
-  PARAMETER temperature 0"""
+  PARAMETER temperature 0
+  PARAMETER repeat_penalty 1.0"""
 
 # Ollama's template language, for plain ChatML
 _OLLAMA = '''"""{{ range .Messages }}<|im_start|>{{ .Role }}
