@@ -419,3 +419,8 @@ def test_what_a_template_adds_to_answers_is_told(capsys):
     _say_what_is_added(tokenizer)
     said = " ".join(capsys.readouterr().out.split())
     assert f"note the model's chat template puts '{thought}' before answers" in said
+    refuses = "{{ raise_exception('no') }}"
+    for template in (refuses, tokenizer.chat_template.replace("<think>\n\n</think>\n\n", " ")):
+        tokenizer.chat_template = template  # the trial alone is refused; a blank is no thought
+        _say_what_is_added(tokenizer)
+        assert capsys.readouterr().out == ""

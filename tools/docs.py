@@ -122,9 +122,9 @@ def only_imports(
         found = ast.parse(code).body
     except SyntaxError:  # one of IPython's commands
         return False
-    imports = [isinstance(line, ast.Import | ast.ImportFrom) for line in found]
-    calls = [isinstance(line, ast.Expr) and isinstance(line.value, ast.Call) for line in found]
-    return any(imports[:1]) and all(map(max, imports, calls))
+    def set_up(line): return isinstance(line, ast.Expr) and isinstance(line.value, ast.Call)
+    def imports(line): return isinstance(line, ast.Import | ast.ImportFrom)
+    return bool(found) and imports(found[0]) and all(imports(x) or set_up(x) for x in found)
 
 
 def for_reading(
@@ -147,14 +147,13 @@ def for_reading(
 
 def one_fold(
     cells:list, # as `for_reading` left them
-) -> list: # the same, where one fold follows another, in one
-    kept, head = [], '#| code-fold: true\n#| code-summary: "Imports and set-up"\n'
+) -> list: # the same, where one fold of imports follows another, in one
+    head = '#| code-fold: true\n#| code-summary: "Imports and set-up"\n'
+    def folded(cell): return cell.source.startswith(head) and not cell.get("outputs")
+    kept = []
     for cell in cells:
-        before = kept[-1] if kept else cell
-        folded = [c.source.startswith(head) and not c.outputs for c in (before, cell)
-                  if c.cell_type == "code"]
-        if before is not cell and folded == [True, True]:
-            before.source += "\n\n" + cell.source.removeprefix(head)
+        if kept and folded(kept[-1]) and folded(cell):
+            kept[-1].source += "\n\n" + cell.source.removeprefix(head)
         else:
             kept.append(cell)
     return kept
